@@ -1,0 +1,71 @@
+"""The application: verbs, and what a person sees when something is wrong."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from limbeck import __version__
+from limbeck.cli.check import check
+from limbeck.cli.doctor import doctor
+from limbeck.cli.evaluate import evaluate
+from limbeck.cli.explain import explain
+from limbeck.cli.export import export
+from limbeck.cli.generate import generate
+from limbeck.cli.init import init
+from limbeck.cli.ls import ls
+from limbeck.cli.prepare import prepare
+from limbeck.cli.quickstart import quickstart
+from limbeck.cli.report import report
+from limbeck.cli.run import run
+from limbeck.cli.schema import schema
+from limbeck.errors import LimbeckError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class _Verbs(TyperGroup):
+    """Turns errors meant for people into their message and an exit code; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LimbeckError as error:
+            typer.echo(f"limbeck: {error}" if "\n" not in str(error) else f"limbeck:\n{error}", err=True)
+            raise typer.Exit(USER_ERROR) from error
+        except KeyboardInterrupt as error:
+            typer.echo("\nlimbeck: interrupted; the same command goes on from the last checkpoint", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order in which they were added: first what one needs first."""
+        return list(self.commands)
+
+
+app = typer.Typer(
+    cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Distil large language models into something cheaper to run.",
+)  # fmt: skip
+for verb in (quickstart, init, check, run, prepare, report, evaluate, generate, export, ls, explain, schema, doctor):
+    app.command()(verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"limbeck {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="limbeck")

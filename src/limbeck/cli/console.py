@@ -1,0 +1,19 @@
+"""How verbs speak: plain lines to stdout, tables where a room hands one over."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+
+@cache
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def say(thing: Any) -> None:
+    """Print a line as it is (brackets are no markup), or a rich table."""
+    _console().print(Text(thing) if isinstance(thing, str) else thing)

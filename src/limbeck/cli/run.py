@@ -1,0 +1,27 @@
+"""``limbeck run``: do what a recipe says and is not done yet."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from limbeck.cli.arguments import Overrides, RecipeArgument, RunDir
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Only this stage; its inputs must be done.", show_default=False)] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set aside what is there and start anew.")] = False,
+    run_dir: RunDir = None,
+) -> None:
+    """Do what a recipe says and is not done yet."""
+    from limbeck.cli.console import say
+    from limbeck.config.load import load_recipe, recipe_folder
+
+    loaded = load_recipe(recipe, overrides or ())
+    from limbeck.stages.run import run_recipe
+
+    folder = run_recipe(loaded, recipe_dir=recipe_folder(recipe), run_dir=run_dir, stage=stage, fresh=fresh, say=say)
+    say(f"run in {folder}")

@@ -1,0 +1,112 @@
+"""The recipe: named stages, and what is checked between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from limbeck.config.base import From, Options, PartOf
+from limbeck.config.parts.stages import STAGES
+from limbeck.errors import Problem, did_you_mean
+
+_WITHOUT_MODEL = ("prepare", "evaluate")
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Recipe(Options):
+    """A YAML file with named stages.  `limbeck run` does what is not done yet and stops."""
+
+    name: str
+    """Name of the run: its folder under `runs/`."""
+    description: str = ""
+    """One line for `limbeck ls recipes` and the report."""
+    plugins: tuple[str, ...] = ()
+    """Python modules (or .py files beside the recipe) that register parts of their own."""
+    stages: dict[str, Annotated[Any, PartOf(STAGES, "train")]] = Field(min_length=1)
+    """Stages by name; each may name earlier ones by `from`."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, value: str, info: ValidationInfo) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(f"{value!r} cannot name a folder: letters, digits, '.', '_' and '-', at most 64, no leading dot")
+        return value
+
+
+def references(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every ``(path, stage)`` that a stage's options refer to, wherever it stands."""
+    if isinstance(value, From):
+        yield (f"{path}.from" if path else "from"), value.from_
+    elif isinstance(value, Options):
+        for name in type(value).model_fields:
+            item = getattr(value, name)
+            if name == "from_" and isinstance(item, str):
+                yield (f"{path}.from" if path else "from"), item
+            elif name == "against":
+                for i, other in enumerate(item):
+                    if other not in ("teacher", "copy_init"):
+                        yield f"{path}.{name}.{i}".lstrip("."), other
+            else:
+                yield from references(item, f"{path}.{name}".lstrip("."))
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            yield from references(item, f"{path}.{i}".lstrip("."))
+
+
+def stage_problems(recipe: Recipe) -> list[Problem]:
+    """References to stages that do not exist or make nothing of use, and cycles; a path is relative to the recipe's root."""
+    edges = {name: list(references(stage)) for name, stage in recipe.stages.items()}
+    return reference_problems(edges, {name: stage.kind for name, stage in recipe.stages.items()})
+
+
+def reference_problems(edges: dict[str, list[tuple[str, str]]], kinds: dict[str, str]) -> list[Problem]:
+    """:func:`stage_problems` of bare references, ``edges[stage] = [(path within the stage, stage it names), ...]``.
+
+    ``kinds`` holds the kind of each stage where it is known.
+    """
+    problems = []
+    for name, found in edges.items():
+        if not NAME.fullmatch(name):
+            problems.append(Problem("", f"stages.{name}", "a stage's name is letters, digits, '.', '_' and '-', no leading dot"))
+        for path, target in found:
+            if target not in edges:
+                hint = did_you_mean(target, edges) or ";"
+                message = f"no stage named {target!r}{hint} stages: {', '.join(edges)}"
+                problems.append(Problem("", f"stages.{name}.{path}", message))
+            elif (kind := kinds.get(target)) in _WITHOUT_MODEL and not path.startswith("data"):
+                problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it makes no model"))
+            elif kind in ("evaluate", "export") and path == "data.from":
+                problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it prepares no data"))
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            circle = " -> ".join([*trail[trail.index(name) :], name])
+            problems.append(Problem("", f"stages.{name}", f"stages refer to each other in a circle: {circle}"))
+        elif name not in done:
+            for _, target in edges.get(name, ()):
+                walk(target, (*trail, name))
+            done.add(name)
+
+    for name in edges:
+        walk(name, ())
+    return problems
+
+
+def stage_order(recipe: Recipe) -> list[str]:
+    """Stages so that each comes after the ones it names, otherwise as written."""
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        if name not in order:
+            for _, target in references(recipe.stages[name]):
+                visit(target)
+            order.append(name)
+
+    for name in recipe.stages:
+        visit(name)
+    return order

@@ -1,0 +1,200 @@
+"""The folder of prepared text: what is in it, and how it comes into being whole or not at all.
+
+```
+meta.json                     DataInfo: written last
+tokenizer/                    the tokenizer that made the ids
+train/  held_out/
+    tokens.bin                uint16 or uint32, in packed order
+    pieces.npy                int64 [P+1], where each document or piece of one begins in tokens.bin
+    mask.bin                  uint8, 1 where the token counts as a target; only where made-up documents are mixed in
+    hashes.npy                uint64 [N], blake2b of each document's text
+    names.jsonl               N names, in the order of the hashes
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import DataError
+
+FORMAT = 1
+"""Raised when the same options would give other tokens or other files."""
+SPLITS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """Sizes of one side."""
+
+    tokens: int
+    """Tokens, in rows of ``DataInfo.sequence``."""
+    documents: int
+    """Different documents that these come from."""
+    rows: int
+    """Rows, the last one padded."""
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What became of one source."""
+
+    title: str
+    share: float | None
+    """Share of the training tokens that was asked for."""
+    achieved: float
+    """Share that it has."""
+    documents: dict[str, int]
+    """Documents read and kept, by split."""
+    tokens: dict[str, int]
+    """Tokens used, by split."""
+    passes: float
+    """Training tokens used over tokens there were: above 1 it was repeated, below 1 sub-sampled."""
+    dropped: dict[str, int]
+    """Documents left out, by reason."""
+    dropped_names: dict[str, list[str]]
+    """The first few of them."""
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What ``meta.json`` says."""
+
+    key: str
+    sequence: int
+    dtype: str
+    vocabulary: int
+    """Highest id of the tokenizer plus one."""
+    eos: int | None
+    pad: int
+    tokenizer: str
+    """Fingerprint of the tokenizer's files."""
+    splits: dict[str, SplitInfo]
+    sources: list[SourceInfo]
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Size and SHA-256 by file."""
+    format: int = FORMAT
+
+    def words(self) -> list[str]:
+        """A few lines for the console."""
+        lines = [
+            f"{name}: {split.tokens:,} tokens of {split.documents:,} documents in {split.rows:,} rows of {self.sequence}"
+            for name, split in self.splits.items()
+        ]
+        for source in self.sources:
+            line = f"{source.title}: {source.achieved:.1%} of the training tokens"
+            if source.passes > 1.005:
+                line += f", repeated {source.passes:.2f} times"
+            if source.dropped:
+                line += ", left out " + ", ".join(f"{count} {reason}" for reason, count in sorted(source.dropped.items()))
+            lines.append(line)
+        return lines
+
+
+def read_info(folder: Path, *, verify: bool = False) -> DataInfo:
+    """The folder's ``meta.json``, after checking the size (and with ``verify`` the SHA-256) of every file it lists.
+
+    Raises:
+        DataError: no such folder, not prepared text, another format, or a damaged file, by name.
+    """
+    path = folder / "meta.json"
+    try:
+        record = json.loads(path.read_text())
+        if record.get("format") != FORMAT:
+            raise DataError(f"{folder}: prepared by another version (format {record.get('format')}, this one reads {FORMAT}): prepare again")
+        info = DataInfo(
+            **{
+                **record,
+                "splits": {name: SplitInfo(**split) for name, split in record["splits"].items()},
+                "sources": [SourceInfo(**source) for source in record["sources"]],
+                "files": {name: (int(size), str(sha)) for name, (size, sha) in record["files"].items()},
+            }
+        )
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: no prepared text here (no meta.json): run `limbeck prepare`") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}): remove {folder} and prepare again") from error
+    for name, (size, sha) in info.files.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise DataError(f"{file}: {what}: remove {folder} and prepare again")
+        if verify and _sha256(file) != sha:
+            raise DataError(f"{file}: its content is not what was written (SHA-256 differs): remove {folder} and prepare again")
+    return info
+
+
+@contextmanager
+def being_written(folder: Path) -> Iterator[Path]:
+    """A folder beside ``folder`` that takes its place when the block ends well, and goes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        for path in (*beside.rglob("*"), beside):
+            _fsync(path)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            beside.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            beside.rename(folder)
+        _fsync(folder.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_info(folder: Path, info: DataInfo) -> DataInfo:
+    """Write ``meta.json`` with the size and SHA-256 of everything else in the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, _sha256(path)) for path in paths}
+    record: dict[str, Any] = {**asdict(info), "files": files}
+    (folder / "meta.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return DataInfo(**{**{name: getattr(info, name) for name in record}, "files": files})
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left beside the folder."""
+    for path in folder.parent.glob(f".{folder.name}.*.partial"):
+        owner = path.name.removesuffix(".partial").rsplit(".", 1)[-1]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

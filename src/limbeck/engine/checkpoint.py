@@ -1,0 +1,372 @@
+"""Resumable checkpoints: either whole or not there.
+
+A checkpoint is written under a temporary name beside its place, its files are fsynced, a manifest with sizes and SHA-256 comes
+last, the folder is renamed and its parent fsynced.  Tensors go through DCP's safetensors storage (so that another number of ranks
+can read them), everything else is JSON; nothing is pickled.
+
+    checkpoints/step-00000010/   tensors/*.safetensors, objectives.safetensors, rng-0-of-1.{safetensors,json}, state.json,
+                                 MANIFEST.json
+    checkpoints/final/           the same, never pruned
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from limbeck.engine.determinism import derive_seed, rng_state, seed_everything, set_rng_state
+from limbeck.engine.parallel import World
+from limbeck.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CHUNK = 1 << 22
+_PART = ".part-"
+"""Each rank's piece of the manifest, gone when the whole one is written."""
+
+
+class NoSpace(CheckpointError):
+    """A save that was given up for lack of space; what was there before is intact."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint held besides the tensors that were filled in place."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    objectives: dict[str, Tensor]
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Force a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new, never half."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    fsync(path.parent)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None.  Every byte is read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed: dict[str, dict[str, Any]] = manifest["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    if manifest.get("format") != FORMAT:
+        return f"it has format {manifest.get('format')}, this version reads {FORMAT}"
+    found = {p.relative_to(folder).as_posix() for p in _files(folder)} - {MANIFEST}
+    if foreign := sorted(found - set(listed)):
+        return f"{foreign[0]} is not listed in its manifest"
+    for name, facts in sorted(listed.items()):
+        path = folder / name
+        if name not in found:
+            return f"{name} is missing"
+        if path.stat().st_size != facts["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
+        if sha256(path) != facts["sha256"]:
+            return f"{name} has changed since it was written (SHA-256)"
+    return None
+
+
+def _no_space(error: BaseException) -> bool:
+    """Whether an error, or what it was made from, says that a disk or a quota is full."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    if isinstance(error, CheckpointException):
+        return any(_no_space(e[0]) for e in error.failures.values())
+    text = str(error)
+    return any(word in text for word in ("No space left", "File too large", "quota exceeded", "inline_container"))
+
+
+def space_needed(tensors: dict[str, Tensor]) -> int:
+    """Bytes of a checkpoint of these tensors, with a tenth to spare."""
+    return int(1.1 * sum(t.numel() * t.element_size() for t in tensors.values())) + (1 << 20)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, folder: Path, world: World, *, keep_last: int, say: Callable[[str], None]):
+        self.folder = folder
+        self.world = world
+        self.keep_last = keep_last
+        self.say = say
+        self._warned = False
+        if world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in sorted(folder.glob(".tmp-*")) + sorted(folder.glob(".trash-*")):
+                shutil.rmtree(stale, ignore_errors=True)
+        world.barrier()
+
+    def steps(self) -> list[tuple[int, Path]]:
+        """Committed checkpoints, oldest first; ``final`` counts with the step it holds."""
+        found = []
+        for path in self.folder.iterdir() if self.folder.exists() else ():
+            if match := _STEP.fullmatch(path.name):
+                found.append((int(match[1]), path))
+            elif path.name == "final":
+                found.append((_final_step(path), path))
+        return sorted(found, key=lambda pair: (pair[0], pair[1].name))
+
+    # -- saving ----------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, step: int, tensors: dict[str, Tensor], objectives: dict[str, Tensor], state: dict[str, Any], *, final: bool = False
+    ) -> Path:
+        """Write, commit, then prune.  Raises :class:`NoSpace` when it does not fit; nothing committed is touched by that."""
+        target = self.folder / ("final" if final else f"step-{step:08d}")
+        owner = int(self.world.gather([os.getpid()])[0, 0])
+        temporary = self.folder / f".tmp-{target.name}-{owner}"
+        failure: BaseException | None = None
+        entries: dict[str, dict[str, Any]] = {}
+        try:
+            self._check_space(tensors)
+            if self.world.rank == 0:
+                (temporary / "tensors").mkdir(parents=True)
+        except (OSError, NoSpace) as error:
+            failure = error
+        self._agree(failure, temporary)
+        try:
+            self._write(temporary, tensors, objectives, {**state, "step": step})
+        except (OSError, RuntimeError, CheckpointException) as error:  # the last one is no Exception
+            failure = error
+        except Exception as error:
+            if "Safetensor" not in type(error).__name__:
+                raise
+            failure = error
+        self._agree(failure, temporary)
+        try:
+            # Every rank hashes its share of the files.
+            written = [path for path in _files(temporary) if not path.name.startswith(_PART)]
+            for path in written[self.world.rank :: self.world.size]:
+                fsync(path)
+                entries[path.relative_to(temporary).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+            (temporary / f"{_PART}{self.world.rank}").write_text(json.dumps(entries), encoding="utf-8")
+        except OSError as error:
+            failure = error
+        self._agree(failure, temporary)
+        try:
+            if self.world.rank == 0:
+                self._commit(temporary, target, step)
+        except OSError as error:
+            failure = error
+        self._agree(failure, temporary)
+        if self.world.rank == 0:
+            self._prune()
+        self.world.barrier()
+        return target
+
+    def _check_space(self, tensors: dict[str, Tensor]) -> None:
+        usage = shutil.disk_usage(self.folder)
+        need = space_needed(tensors)
+        if usage.free < need:
+            raise NoSpace(
+                f"{self.folder}: a checkpoint needs {need / 1e6:.0f} MB and {usage.free / 1e6:.0f} MB are free; "
+                "make room, or lower loop.keep_last"
+            )
+        if usage.used > 0.9 * usage.total and not self._warned:
+            self._warned = True
+            self.say(
+                f"WARNING: the disk of {self.folder} is {usage.used / usage.total:.0%} full; a checkpoint takes {need / 1e6:.0f} MB"
+            )
+
+    def _write(self, temporary: Path, tensors: dict[str, Tensor], objectives: dict[str, Tensor], state: dict[str, Any]) -> None:
+        rank, size = self.world.rank, self.world.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "torch.distributed is uninitialized": a world of one is meant
+            dcp.save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(temporary / "tensors"), save_distributed=True),
+                process_group=self.world.control,
+                no_dist=size == 1,
+            )
+        rng_tensors, rng_values = rng_state()
+        save_file(rng_tensors, temporary / f"rng-{rank}-of-{size}.safetensors")
+        (temporary / f"rng-{rank}-of-{size}.json").write_text(json.dumps(rng_values), encoding="utf-8")
+        if rank == 0:
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in objectives.items()}, temporary / "objectives.safetensors"
+            )
+            state = {**state, "shapes": {name: list(t.shape) for name, t in tensors.items()}, "world": size}
+            (temporary / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+
+    def _agree(self, failure: BaseException | None, temporary: Path) -> None:
+        """If any rank failed, all give this save up together."""
+        code = 0 if failure is None else 2 if isinstance(failure, NoSpace) or _no_space(failure) else 1
+        codes = self.world.gather([code])[:, 0]
+        worst = int(codes.max())
+        if worst == 0:
+            return
+        if self.world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.world.barrier()
+        if isinstance(failure, NoSpace):
+            raise failure
+        reason = str(failure).splitlines()[0] if failure is not None else f"rank {int(codes.argmax())} failed"
+        if worst == 2:
+            raise NoSpace(f"{self.folder}: no space left while a checkpoint was written ({reason})") from failure
+        raise CheckpointError(f"{self.folder}: a checkpoint could not be written: {reason}") from failure
+
+    def _commit(self, temporary: Path, target: Path, step: int) -> None:
+        files: dict[str, dict[str, Any]] = {}
+        for part in sorted(temporary.glob(f"{_PART}*")):
+            files.update(json.loads(part.read_text(encoding="utf-8")))
+            part.unlink()
+        manifest = temporary / MANIFEST
+        manifest.write_text(
+            json.dumps({"format": FORMAT, "step": step, "world": self.world.size, "files": files}, indent=1), encoding="utf-8"
+        )
+        fsync(manifest)
+        for folder in (temporary / "tensors", temporary):
+            fsync(folder)
+        if target.exists():
+            _remove(target)
+        os.rename(temporary, target)
+        fsync(self.folder)
+
+    def _prune(self) -> None:
+        """Only after a commit, only step folders, never the newest ones."""
+        steps = [path for _, path in self.steps() if path.name != "final"]
+        for path in steps[: -self.keep_last]:
+            _remove(path)
+
+    # -- loading ---------------------------------------------------------------------------------------------------------
+
+    def load(self, tensors: dict[str, Tensor]) -> Loaded | None:
+        """Fill ``tensors`` in place from the newest whole checkpoint.  Random states are *not* touched: see :meth:`load_rng`.
+
+        A damaged one is named, set aside as ``.corrupt-...`` and the one before it is used.  None when there never was one.
+        """
+        step, name = -1, ""
+        problem = 0
+        if self.world.rank == 0:
+            tried = False
+            for number, path in reversed(self.steps()):
+                tried = True
+                reason = damage(path)
+                if reason is None:
+                    step, name = number, path.name
+                    break
+                aside = path.with_name(f".corrupt-{path.name}-{time.time_ns()}")
+                os.rename(path, aside)
+                self.say(
+                    f"checkpoint {path.name} is damaged: {reason}.  It is set aside as {aside.name}; the one before it is used."
+                )
+            problem = int(tried and step < 0)
+        step, is_final, problem = (int(x) for x in self.world.gather([step, int(name == "final"), problem])[0])
+        if problem:
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint in it is whole (the damaged ones are set aside as .corrupt-*); "
+                "start again with --fresh, or put an intact one back"
+            )
+        if step < 0:
+            return None
+        path = self.folder / ("final" if is_final else f"step-{step:08d}")
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        _compare_shapes(path, state["shapes"], tensors)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                dcp.load(
+                    tensors,
+                    storage_reader=HuggingFaceStorageReader(str(path / "tensors")),
+                    process_group=self.world.control,
+                    no_dist=self.world.size == 1,
+                )
+        except CheckpointException as error:  # no Exception: it would pass every handler above
+            reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+            raise CheckpointError(f"{path}: its tensors cannot be read: {reason}") from None
+        return Loaded(path, step, state, load_file(path / "objectives.safetensors"))
+
+    def load_rng(self, loaded: Loaded, seed: int) -> None:
+        """Restore the random states: the last thing before the next step.
+
+        On another number of ranks there are none of its own for each: new streams are derived and that is said.
+        """
+        stem = f"rng-{self.world.rank}-of-{self.world.size}"
+        if (loaded.path / f"{stem}.json").exists():
+            values = json.loads((loaded.path / f"{stem}.json").read_text(encoding="utf-8"))
+            set_rng_state(load_file(loaded.path / f"{stem}.safetensors"), values)
+        else:
+            seed_everything(derive_seed(seed, f"resumed at {loaded.step} on {self.world.size}", self.world.rank))
+            before = loaded.state["world"]
+            self.say(f"resumed on {self.world.size} ranks instead of {before}: random streams are new, sums round differently")
+
+
+def _remove(path: Path) -> None:
+    """Rename first: a half-deleted folder must never look like a checkpoint."""
+    trash = path.with_name(f".trash-{path.name}-{time.time_ns()}")
+    os.rename(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _final_step(path: Path) -> int:
+    try:
+        return int(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _differences(saved: dict[str, list[int]], tensors: dict[str, Tensor]) -> Iterator[str]:
+    for name in sorted({*saved, *tensors}):
+        have = list(tensors[name].shape) if name in tensors else None
+        if saved.get(name) != have:
+            yield f"{name}: checkpoint {saved.get(name, 'has none')}, run {have if have is not None else 'has none'}"
+
+
+def _compare_shapes(path: Path, saved: dict[str, list[int]], tensors: dict[str, Tensor]) -> None:
+    """Strict both ways: a tensor that is missing on either side is another training."""
+    differences = list(_differences(saved, tensors))
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise CheckpointError(
+            f"{path} belongs to another training: {'; '.join(differences[:5])}{more}.  "
+            "Give the run another name, or start it with --fresh"
+        )

@@ -1,0 +1,28 @@
+"""Activation checkpointing: keep a decoder layer's inputs, compute its activations again in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def outer_units(student: nn.Module) -> list[nn.Module]:
+    """The student's units that no other unit holds: its decoder layers (a mixer inside one is recomputed with it)."""
+    units: list[nn.Module] = list(student.units())
+    inside = {id(m) for u in units for m in u.modules() if m is not u}
+    return [u for u in units if id(u) not in inside]
+
+
+def recompute(unit: nn.Module) -> None:
+    """Make a unit recompute.  Keyword inputs, which carry the packing, are kept as they are."""
+    forward = unit.forward
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    unit.forward = recomputed

@@ -1,0 +1,152 @@
+"""One micro-batch: forward, summed losses, backward.
+
+The losses run *inside* the root module's forward.  When the root is sharded, its head and embeddings are whole only there, and
+only losses made there let the root reduce their gradients (a loss outside leaves the head's gradient local, without an error).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.needs import Need
+from limbeck.types import Batch, LossTerm, Metric, Signal, Teacher
+
+Metrics = dict[str, Metric]
+
+
+def _labels(objectives: Sequence[Any]) -> list[str]:
+    """Names of the objectives, numbered where two share one."""
+    names = [o.name for o in objectives]
+    return [n if names.count(n) == 1 else f"{n}.{names[:i].count(n)}" for i, n in enumerate(names)]
+
+
+class TeacherRoot(nn.Module):
+    """Calls a teacher's methods inside a module's forward, so that a sharded teacher's own root parameters are whole there."""
+
+    def __init__(self, teacher: Teacher, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self._teacher = teacher
+
+    def forward(self, method: str, *args: Any) -> Any:
+        """``teacher.<method>(*args)``."""
+        return getattr(self._teacher, method)(*args)
+
+
+class TrainStep(nn.Module):
+    """Student forward, every objective's sum, one backward.  The teacher is asked, never trained, and no part of the module."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objectives: Sequence[Any],
+        teacher: Teacher | None = None,
+        needs: Mapping[type[Need], Need] | None = None,
+    ):
+        super().__init__()
+        self.student = student
+        self.objectives = tuple(objectives)
+        self.labels = _labels(self.objectives)
+        self.needs = dict(needs or {})
+        network = getattr(teacher, "module", None)
+        if network is not None:
+            network.requires_grad_(False).eval()
+        # Behind a tuple: a registered submodule would be sharded, trained and saved with the student.
+        self._teacher = (teacher, TeacherRoot(cast(Teacher, teacher), network) if network is not None else None)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, if there is one."""
+        return self._teacher[0]
+
+    @property
+    def teacher_root(self) -> TeacherRoot | None:
+        """The module through which a teacher's network in this process is called."""
+        return self._teacher[1]
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """Call a method of the teacher, without gradients."""
+        with torch.no_grad():
+            if self.teacher_root is not None:
+                return self.teacher_root(method, *args)
+            return getattr(self.teacher, method)(*args)
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Number of positions each objective sums over, int64 ``[objectives]``, from the masks alone."""
+        return torch.stack([torch.as_tensor(o.count(batch), dtype=torch.int64) for o in self.objectives])
+
+    def _account(self, metrics: Metrics, index: int, term: LossTerm, count: Tensor | int, scale: float) -> Tensor:
+        """Add a term's numbers to ``metrics``; returns the term's share of the loss."""
+        label, weight = self.labels[index], self.objectives[index].weight
+        share = term.sum * scale
+        raw = term.sum.detach()
+        pairs: Metrics = {
+            f"{label}/raw": (raw, count),
+            f"{label}/weighted": (raw * weight, count),
+            "loss": (share.detach(), 0),
+            **term.metrics,
+        }
+        for name, (total, number) in pairs.items():
+            held = metrics.get(name, (0.0, 0))
+            metrics[name] = (held[0] + total, held[1] + number)
+        return share
+
+    def signal(self, batch: Batch) -> Signal:
+        """The teacher's answer for one micro-batch; empty without a teacher."""
+        return self.ask("signal", batch, self.needs) if self.teacher is not None and self.needs else Signal()
+
+    def forward(self, batch: Batch, signal: Signal, scales: Sequence[float]) -> tuple[Tensor, Metrics]:
+        """``(sum_i scales[i] * objective_i, metrics)``; metrics are detached ``(sum, count)`` pairs, the loss has count 0."""
+        output = self.student(batch)
+        metrics: Metrics = {}
+        shares = [
+            self._account(metrics, i, objective(output, signal, batch), objective.count(batch), scale)
+            for i, (objective, scale) in enumerate(zip(self.objectives, scales, strict=True))
+        ]
+        return torch.stack(shares).sum(), metrics
+
+    def run(self, batch: Batch, signal: Signal, scales: Sequence[float]) -> Metrics:
+        """Forward and backward of one micro-batch; gradients add up."""
+        loss, metrics = self(batch, signal, scales)
+        if torch.is_grad_enabled():
+            loss.backward()
+        return metrics
+
+
+class StreamingTrainStep(TrainStep):
+    """The teacher runs; inside its hooks each mixer's piece is made and backpropagated: one layer's graph at a time.
+
+    The pieces' graphs are disjoint (one mixer each), which is what allows it.  The objective offers
+    ``piece(mixer, layer, inputs_BTD, outputs_BTD, kwargs, batch) -> LossTerm``, the student ``mixers() -> {layer: module}``.
+    """
+
+    def __init__(self, student: nn.Module, objective: Any, teacher: Teacher):
+        super().__init__(student, (objective,), teacher)
+        self.mixers: dict[int, nn.Module] = dict(cast(Any, student).mixers())
+
+    def signal(self, batch: Batch) -> Signal:
+        """Nothing: the teacher answers while it runs."""
+        return Signal()
+
+    def run(self, batch: Batch, signal: Signal, scales: Sequence[float]) -> Metrics:
+        """One pass of the teacher; every visited layer that has a mixer is trained on the spot."""
+        objective, gradients = self.objectives[0], torch.is_grad_enabled()
+        metrics: Metrics = {}
+        count: list[Tensor | int] = [objective.count(batch)]
+
+        def visit(layer: int, inputs_BTD: Tensor, outputs_BTD: Tensor, kwargs: dict[str, Any]) -> None:
+            if layer not in self.mixers:
+                return
+            with torch.set_grad_enabled(gradients):
+                term = objective.piece(self.mixers[layer], layer, inputs_BTD.detach(), outputs_BTD.detach(), kwargs, batch)
+                # The positions are counted once, whatever the number of layers.
+                share = self._account(metrics, 0, term, count.pop() if count else 0, scales[0])
+                if gradients:
+                    share.backward()
+
+        self.ask("stream", batch, visit)
+        return metrics

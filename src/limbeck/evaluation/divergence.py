@@ -1,0 +1,52 @@
+"""KL(teacher || student) in nats a token and top-1 agreement, several students against one pass of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from limbeck.errors import DataError
+from limbeck.models.head import head_of
+from limbeck.models.packed import forward_packed
+from limbeck.ops.fused import linear_kl
+from limbeck.types import Batch, Head
+
+
+class DivergenceTally:
+    """Sums over batches; divided once, at the end."""
+
+    def __init__(self) -> None:
+        self.kl = 0.0
+        self.agreement = 0.0
+        self.tokens = 0
+
+    def add(self, hidden_BTD: Tensor, head: Head, teacher_BTD: Tensor, teacher_head: Head, mask_BT: Tensor) -> None:
+        """Compare two models' predictions at the positions of a mask."""
+        kl, metrics = linear_kl(hidden_BTD.flatten(0, 1), head, teacher_BTD.flatten(0, 1), teacher_head, mask_BT.flatten())
+        self.kl += float(kl)
+        self.agreement += float(metrics.agreement)
+        self.tokens += int(metrics.count)
+
+    def result(self) -> dict[str, Any]:
+        """``kl`` in nats a token, ``agreement`` as a share, ``tokens``."""
+        if not self.tokens:
+            raise DataError("no position of these rows has a label to predict: are the documents one token long?")
+        return {"kl": self.kl / self.tokens, "agreement": self.agreement / self.tokens, "tokens": self.tokens}
+
+
+@torch.no_grad()
+def divergence(
+    teacher: PreTrainedModel, students: Mapping[str, PreTrainedModel], batches: Iterable[Batch]
+) -> dict[str, dict[str, Any]]:
+    """Each student's KL from, and agreement with, the teacher on packed rows; the teacher runs once a batch."""
+    tallies = {name: DivergenceTally() for name in students}
+    for batch in batches:
+        batch = batch.to(teacher.device)
+        teacher_BTD, teacher_head = forward_packed(teacher, batch), head_of(teacher)
+        for name, student in students.items():
+            tallies[name].add(forward_packed(student, batch), head_of(student), teacher_BTD, teacher_head, batch.label_mask_BT)
+    return {name: tally.result() for name, tally in tallies.items()}

@@ -1,0 +1,1 @@
+"""A run directory -> one self-contained HTML page and a Markdown card."""

@@ -1,0 +1,239 @@
+"""One run as one page: no network, no scripts, nothing that is not in the run directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from limbeck.evaluation.table import comparison_rows, contexts, recall_at, recall_points, size
+from limbeck.evaluation.table import count as quantity
+from limbeck.evaluation.table import tokens as token_count
+from limbeck.report.curves import training_figures
+from limbeck.report.run import Run, Stage, became, key_numbers, read_run
+from limbeck.report.style import STYLE
+from limbeck.report.svg import Series, legend, line_chart, number
+
+WIDE = 480
+"""Units across a chart of the evaluation, which stand two in a row; those of training stand three."""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into a run directory, from what exists there.  Returns its path.
+
+    Raises:
+        CheckpointError: not a run directory, or a damaged file in it.
+    """
+    run = read_run(Path(run_dir))
+    path, beside = run.path / "report.html", run.path / f".report.html.{os.getpid()}"
+    beside.write_text(page(run), encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def page(run: Run) -> str:
+    """The whole page."""
+    body = [_header(run)]
+    for stage in run.stages:
+        if stage.evaluation:
+            body.append(_evaluation(stage))
+    for stage in run.stages:
+        if stage.metrics:
+            facts = f"{quantity(stage.tokens)} tokens, {_duration(stage.record.get('seconds'))}"
+            body.append(f"<h2>Training: {escape(stage.name)}</h2><p class='note'>{facts}</p>{_figures(training_figures(stage))}")
+        if stage.grid:
+            body.append(f"<h2>Grid: {escape(stage.name)}</h2>{_grid(stage.grid)}")
+    body += [_samples(stage) for stage in run.stages if (stage.evaluation or {}).get("samples")]
+    body.append(_provenance(run))
+    title = f"{escape(run.name)} · Limbeck"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def model_colours(stage: Stage) -> dict[str, str]:
+    """A colour a model: the same in every chart and sample of one evaluation."""
+    results, spare, colours = stage.evaluation or {}, ["third", "fourth", "ink"], {}
+    for name in results["models"]:
+        fixed = {results.get("teacher"): "teacher", results["student"]: "student", "copy_init": "plain"}
+        colours[name] = f"var(--{fixed.get(name) or (spare.pop(0) if spare else 'soft')})"
+    return colours
+
+
+def _header(run: Run) -> str:
+    parts = ['<p class="brow">Limbeck run</p>', f"<h1>{escape(run.name)}</h1>"]
+    stage = run.evaluated
+    if stage is not None:
+        parts.append(f'<p class="lead">{escape(became(stage.evaluation or {}))}</p>')
+    if run.recipe.get("description"):
+        parts.append(f'<p class="note">{escape(run.recipe["description"])}</p>')
+    tiles = key_numbers(stage.evaluation or {}) if stage else []
+    trained = [s for s in run.stages if s.metrics]
+    if trained:
+        seconds = sum(s.record.get("seconds") or 0 for s in trained)
+        note = f"tokens in {_duration(seconds)}, {len(trained)} stage{'s' * (len(trained) > 1)}"
+        tiles.append(("trained on", quantity(sum(s.tokens for s in trained)), note))
+    if stage is not None:
+        parts.append(_strip(stage))
+    cells = (
+        f'<div class="tile"><span>{escape(label)}</span><strong>{escape(value)}</strong><span>{escape(note)}</span></div>'
+        for label, value, note in tiles
+    )
+    return f'<header>{"".join(parts)}<div class="tiles">{"".join(cells)}</div></header>'
+
+
+def _strip(stage: Stage) -> str:
+    """One square a layer, so that a glance shows what was replaced."""
+    models, kinds, rows = (stage.evaluation or {})["models"], [], []
+    for name, facts in models.items():
+        cells = []
+        for i, kind in enumerate(facts["layers"]):
+            if kind not in kinds:
+                kinds.append(kind)
+            cells.append(f'<i class="{"softmax" if kind == "softmax" else "mixer"}" title="layer {i}: {escape(kind)}"></i>')
+        rows.append(f"<span>{escape(name)}</span><div>{''.join(cells)}</div>")
+    keys = "".join(f'<span><i class="{"softmax" if k == "softmax" else "mixer"}"></i>{escape(k)}</span>' for k in kinds)
+    return f'<div class="strip">{"".join(rows)}</div><p class="kinds">{keys}one square a layer, the first on the left</p>'
+
+
+def _evaluation(stage: Stage) -> str:
+    results = stage.evaluation or {}
+    setting = results.get("setting", {})
+    note = (
+        f"Stage {escape(stage.name)}: {setting.get('rows', '?')} held-out rows of {setting.get('sequence', '?')} tokens, "
+        f"{escape(str(setting.get('precision', '?')))} on {escape(str(setting.get('device', '?')))}. Bold: best of the students."
+    )
+    lines, group = [], None
+    for row in comparison_rows(results):
+        if row.group != group:
+            group = row.group
+            lines.append(f'<tr class="group"><td colspan="{len(row.cells) + 1}">{escape(group)}</td></tr>')
+        cells = "".join(f"<td{' class=best' if i == row.best else ''}>{escape(cell)}</td>" for i, cell in enumerate(row.cells))
+        lines.append(f"<tr><td>{escape(row.measure)}</td>{cells}</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in results["models"])
+    table = f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return f"<h2>Comparison</h2>{table}<p class='note'>{note}</p>{_figures(_evaluation_figures(stage), 'figures two')}"
+
+
+def _evaluation_figures(stage: Stage) -> list[tuple[str, str, str]]:
+    results, colours = stage.evaluation or {}, model_colours(stage)
+    figures = []
+    for task in dict.fromkeys(task for task, _ in recall_points(results)):
+        distances = [distance for name, distance in recall_points(results) if name == task]
+        series = []
+        for name, colour in colours.items():
+            found = [(float(d), recall_at(results, name, task, d)) for d in distances]
+            series.append(Series(name, [(d, a) for d, a in found if a is not None], colour, name == "copy_init", markers=True))
+        chart = line_chart(
+            series, width=WIDE, x_label="tokens back", y_label="accuracy", log_x=True, x_ticks=distances,
+            y_range=(0, 1), y_format=lambda y: f"{100 * y:.0f}%",
+        )  # fmt: skip
+        figures.append((f"Recall: {task.replace('_', ' ')}", "accuracy by distance", chart + legend(series)))
+    for measure, key, title, form, log in (
+        ("cache", "bytes", "KV + state of one sequence", size, True),
+        ("speed", "tokens_per_second", "Decode rate", number, False),
+    ):
+        known = contexts(results, measure)
+        if not known:
+            continue
+        series = [
+            Series(name, [(e["context"], e[key]) for e in results[measure][name]], colour, name == "copy_init", markers=True)
+            for name, colour in colours.items()
+        ]
+        chart = line_chart(
+            series, width=WIDE, x_label="context, tokens", y_label=title, log_x=True, log_y=log, x_ticks=known,
+            y_range=None if log else (0, 1.08 * max(y for one in series for _, y in one.points)),
+            y_ticks=_binary_ticks([y for one in series for _, y in one.points]) if log else None,
+            x_format=lambda x: token_count(round(x)), y_format=form,
+        )  # fmt: skip
+        note = "16-bit keys and values, log scale" if log else "tokens a second, one sequence"
+        figures.append((title, note, chart + legend(series)))
+    return figures
+
+
+def _binary_ticks(values: list[float]) -> list[float]:
+    """Powers of four between the least and the largest: bytes read badly in powers of ten."""
+    low, high = math.floor(math.log(min(values), 4)), math.ceil(math.log(max(values), 4))
+    return [4.0**power for power in range(low, high + 1) if min(values) * 0.9 <= 4.0**power <= max(values) * 1.1]
+
+
+def _figures(figures: Iterable[tuple[str, str, str]], layout: str = "figures") -> str:
+    cells = (
+        f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>{chart}</figure>"
+        for title, note, chart in figures
+    )
+    return f'<div class="{layout}">{"".join(cells)}</div>'
+
+
+def _samples(stage: Stage) -> str:
+    results, colours = stage.evaluation or {}, model_colours(stage)
+    drawn = results.get("setting", {}).get("samples") or {}
+    how = f"sampled at temperature {drawn['temperature']}" if drawn.get("temperature") else "greedy"
+    parts = [f"<h2>Samples</h2><p class='note'>{how}; underlined as far as it is the teacher's own text.</p>"]
+    for sample in results["samples"]:
+        reference = sample["continuations"].get(results.get("teacher"))
+        texts = []
+        for name, text in sample["continuations"].items():
+            same = 0 if reference is None or name == results.get("teacher") else _common(reference, text)
+            inner = f'<span class="same">{escape(text[:same])}</span>{escape(text[same:])}'
+            colour = colours.get(name, "var(--soft)")
+            texts.append(f'<div class="text" style="color:{colour}"><h4>{escape(name)}</h4><p>{inner}</p></div>')
+        prompt = f'<p class="prompt">{escape(sample["prompt"])}</p>'
+        parts.append(f'<div class="sample">{prompt}<div class="texts">{"".join(texts)}</div></div>')
+    return "".join(parts)
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common beginning of two texts, 0 where it is blank."""
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return same if a[:same].strip() else 0
+
+
+def _grid(rows: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    lines = []
+    for row in rows:
+        cells = (row.get(column, "") for column in columns)
+        lines.append("".join(f"<td>{escape(number(c) if isinstance(c, float) else str(c))}</td>" for c in cells))
+    body = "</tr><tr>".join(lines)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table></div>'
+
+
+def _provenance(run: Run) -> str:
+    stages = []
+    for stage in run.stages:
+        status = stage.record.get("status", "?")
+        mark = "" if status == "finished" else " class=failed"
+        trained = f"{stage.tokens:,}" if stage.tokens else ""
+        stages.append(
+            f"<tr><td>{escape(stage.name)}</td><td>{escape(stage.kind)}</td><td{mark}>{escape(status)}</td>"
+            f"<td>{trained}</td><td>{_duration(stage.record.get('seconds'))}</td></tr>"
+        )
+    environment = run.environment
+    facts = {key: environment[key] for key in ("machine", "started") if key in environment} | environment.get("versions", {})
+    versions = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
+    recipe = json.dumps(run.recipe, indent=2, ensure_ascii=False)
+    command = f"<h3>Command</h3><pre>{escape(environment['command'])}</pre>" if environment.get("command") else ""
+    return (
+        "<h2>How this was made</h2>"
+        "<div class='wide'><table><thead><tr><th>stage</th><th>kind</th><th>status</th><th>tokens</th><th>time</th></tr></thead>"
+        f"<tbody>{''.join(stages)}</tbody></table></div>{command}"
+        "<h3>Again, from this page alone</h3><p class='note'>Save the resolved recipe below as recipe.json; JSON is YAML.</p>"
+        f"<pre>limbeck run recipe.json</pre><details><summary>Resolved recipe</summary><pre>{escape(recipe)}</pre></details>"
+        f"<h3>Made with</h3><dl>{versions}</dl>"
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.3g} s"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"

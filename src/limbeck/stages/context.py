@@ -1,0 +1,75 @@
+"""What a stage gets to work with: its options, its folder, and where the artefacts of other stages lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.config.base import From
+from limbeck.config.parts.stages import DataOptions, StageOptions, TrainTokenizer
+from limbeck.config.recipe import Recipe
+from limbeck.engine.parallel import World
+from limbeck.errors import DataError, RunError
+from limbeck.models.loading import resolve_source
+from limbeck.stages.folder import StageFolder
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class StageContext:
+    """One stage of one run."""
+
+    recipe: Recipe
+    name: str
+    options: Any
+    folder: Path
+    run_dir: Path
+    recipe_dir: Path
+    world: World
+    say: Say = print
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the stage wants to have noted in its ``stage.json``."""
+
+    def stage_options(self, name: str) -> StageOptions:
+        """Options of another stage of the recipe."""
+        return self.recipe.stages[name]
+
+    def artefact(self, stage: str, kind: str) -> Path:
+        """The artefact directory of a finished stage (``model``, ``data`` ...)."""
+        path = StageFolder(self.run_dir / stage).path / kind
+        if not path.is_dir():
+            raise RunError(f"stage '{self.name}' needs {kind}/ of stage '{stage}', and {path} is not there: run stage '{stage}' first")
+        return path
+
+    def locate(self, source: str | From) -> str:
+        """A model or tokenizer source as a folder or hub name; ``{from: stage}`` is that stage's model or tokenizer."""
+        if isinstance(source, From):
+            if self.stage_options(source.from_).kind == "prepare":
+                return str(self.artefact(source.from_, "data") / "tokenizer")
+            return str(self.artefact(source.from_, "model"))
+        return resolve_source(source, self.recipe_dir)
+
+    def data(self, data: DataOptions | From) -> tuple[Path, DataOptions]:
+        """The folder of prepared text, preparing it if it is not there, and its options."""
+        from limbeck.data.prepare import content_key, prepare
+
+        if isinstance(data, From):
+            stage: Any = self.stage_options(data.from_)
+            if stage.kind == "prepare":
+                return self.artefact(data.from_, "data"), stage.data
+            if stage.kind == "train":
+                return self.data(stage.data)
+            raise DataError(f"stage '{self.name}': data.from names stage '{data.from_}' of kind '{stage.kind}', which has no data; name a prepare or train stage")
+        tokenizer = None if isinstance(data.tokenizer, TrainTokenizer) else self.locate(data.tokenizer)
+        folder = self.run_dir / "data" / content_key(data, tokenizer=tokenizer, base_dir=self.recipe_dir)
+        self.once(lambda: prepare(data, folder, tokenizer=tokenizer, base_dir=self.recipe_dir, progress=self.say))
+        return folder, data
+
+    def once(self, work: Callable[[], Any]) -> None:
+        """Do something on the first rank while the others wait."""
+        if self.world.rank == 0:
+            work()
+        self.world.barrier()

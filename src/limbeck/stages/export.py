@@ -1,0 +1,72 @@
+"""The export stage, and `limbeck export`: a model folder that leaves the project."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.config.parts.stages import ExportStageOptions
+from limbeck.engine.checkpoint import load_parameters
+from limbeck.engine.parallel import World
+from limbeck.errors import RunError
+from limbeck.models.loading import load_model, save_model
+from limbeck.stages.context import Say, StageContext
+from limbeck.stages.run import open_stage
+from limbeck.stages.train import student_of, trained_model
+
+
+class ExportStage:
+    """Writes ``export/<format>/``."""
+
+    def __init__(self, context: StageContext):
+        self.context = context
+        self.options: ExportStageOptions = context.options
+
+    def run(self) -> None:
+        """Write each format."""
+        folder = trained_model(self.context, self.options.from_)
+        for form in self.options.to:
+            out = self.context.folder / "export" / form
+            self.context.once(lambda out=out: export_model(folder, out, self.options.dtype))
+            self.context.say(f"  {out}")
+
+
+def export_model(folder: Path, out: Path, dtype: str) -> Path:
+    """A Hugging Face folder in the wanted dtype, with tokenizer, chat template and generation settings."""
+    save_model(load_model(str(folder)), out, tokenizer_source=str(folder), dtype=getattr(torch, dtype))
+    return out
+
+
+def export_path(run_or_model: str, *, to: str = "hf", output: Path | None = None, dtype: str = "bfloat16", say: Say = print) -> Path:
+    """Export ``RUN/STAGE``, ``RUN/STAGE@STEP`` (a checkpoint) or a model folder."""
+    if to != "hf":
+        raise RunError(f"--to {to}: not a format; allowed: hf")
+    if dtype not in ("float32", "bfloat16"):
+        raise RunError(f"--dtype {dtype}: allowed are float32 and bfloat16")
+    match = re.fullmatch(r"(.+)@(\d+)", run_or_model)
+    path = Path(match[1] if match else run_or_model).resolve()
+    if match:
+        out = output or path / "export" / f"step_{int(match[2]):08d}"
+        return _export_checkpoint(path, int(match[2]), out, dtype, say)
+    folder = path / "model" if (path / "model").is_dir() else path
+    if not (folder / "config.json").exists():
+        steps = sorted(p.name for p in (path / "checkpoints").glob("step_*")) if path.is_dir() else []
+        hint = f"; it has checkpoints, so {run_or_model}@{int(steps[-1].split('_')[1])} exports the newest" if steps else ""
+        raise RunError(f"{run_or_model}: neither a model folder (no config.json) nor a finished train stage{hint}")
+    return export_model(folder, output or path / "export" / to, dtype)
+
+
+def _export_checkpoint(stage_folder: Path, step: int, out: Path, dtype: str, say: Say) -> Path:
+    if not (stage_folder / "stage.json").exists():
+        raise RunError(f"{stage_folder}: not a train stage's folder; give RUN/STAGE@STEP")
+    recipe, name, run_dir = open_stage(stage_folder)
+    options: Any = recipe.stages[name]
+    context = StageContext(recipe, name, options, stage_folder, run_dir, Path.cwd(), World(torch.device("cpu")), say)
+    student = student_of(context, options.student, seed=options.seed, dtype=torch.float32)
+    load_parameters(stage_folder / "checkpoints" / f"step_{step:08d}", student)
+    folder, _ = context.data(options.data)
+    save_model(student.model, out, tokenizer_source=str(folder / "tokenizer"), dtype=getattr(torch, dtype))
+    return out

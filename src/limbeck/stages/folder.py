@@ -1,0 +1,107 @@
+"""The layout of a run directory, and what is known about each stage in it.
+
+    runs/<recipe>/
+      recipe.json                  the resolved recipe of the last start
+      environment.json             versions, machine, command
+      data/<key>/                  prepared text, shared by the stages that use it
+      <stage>/stage.json           kind, key, status, options, seconds
+      <stage>/{model,data,evaluation,export}/   its one artefact
+      <stage>/metrics.jsonl, checkpoints/       of a train stage
+      <stage>.stale-1/             what an earlier recipe made, set aside
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import CheckpointError
+
+ARTEFACTS = {"train": "model", "prepare": "data", "evaluate": "evaluation", "export": "export"}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a crash leaves the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a damaged file is an error that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); set it aside, or start the stage again with --fresh") from error
+
+
+def digest(value: Any) -> str:
+    """A short hash of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+class StageFolder:
+    """One stage's directory and its ``stage.json``."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What ``stage.json`` says, or None before the stage's first start."""
+        file = self.path / "stage.json"
+        return read_json(file) if file.exists() else None
+
+    def finished(self, key: str) -> bool:
+        """Whether the artefact of exactly these inputs is there."""
+        record = self.record
+        return record is not None and record["key"] == key and record["status"] == "finished"
+
+    def start(self, key: str, options: dict[str, Any]) -> None:
+        """Note that the stage is under way; seconds spent before an interruption are kept."""
+        held = self.record or {}
+        write_json(
+            self.path / "stage.json",
+            {
+                "kind": options["kind"],
+                "key": key,
+                "status": "running",
+                "options": options,
+                "seconds": held.get("seconds", 0.0) if held.get("key") == key else 0.0,
+                "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            },
+        )
+
+    def end(self, status: str, seconds: float, **facts: Any) -> None:
+        """Note how it ended."""
+        record = self.record or {}
+        record.update(status=status, seconds=round(record.get("seconds", 0.0) + seconds, 3), **facts)
+        write_json(self.path / "stage.json", record)
+
+    def set_aside(self) -> Path:
+        """Rename what is there, so that nothing is lost and nothing half-new is read."""
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.stale-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        return aside
+
+
+def changed_fields(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two resolved options differ, as ``path: old -> new``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in sorted({*old, *new}):
+            found += changed_fields(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in changed_fields(a, b, f"{path}.{i}")]
+    return [] if old == new else [f"{path}: {json.dumps(old, ensure_ascii=False)} -> {json.dumps(new, ensure_ascii=False)}"]

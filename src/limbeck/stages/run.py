@@ -1,0 +1,260 @@
+"""Running a recipe: stages in order, each once, going on where the last start stopped.
+
+A stage's *key* is a hash of its resolved options, of the keys of the stages it names, and of the files it reads.  A finished
+stage with the same key is skipped; one with another key is *stale*: it and its followers are named, set aside and done anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from limbeck import __version__
+from limbeck.config.base import From
+from limbeck.config.parts.stages import STAGES, DataOptions
+from limbeck.config.recipe import Recipe, references, stage_order
+from limbeck.data.prepare import input_files
+from limbeck.engine.lock import RunLock
+from limbeck.engine.parallel import World, connect
+from limbeck.errors import LimbeckError, RecipeError, RunError, did_you_mean
+from limbeck.models.loading import resolve_source
+from limbeck.stages.context import Say, StageContext
+from limbeck.stages.folder import StageFolder, changed_fields, digest, read_json, write_json
+
+COSMETIC = {"log_every", "checkpoint_every", "keep_last", "validate_every", "validate_rows", "deterministic"}
+"""Loop settings that do not change what a stage makes."""
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    recipe_dir: Path,
+    run_dir: Path | None = None,
+    stage: str | None = None,
+    fresh: bool = False,
+    say: Say = print,
+) -> Path:
+    """Do what is not done yet.  Returns the run directory.
+
+    ``stage`` runs that stage alone (its inputs must be finished); ``fresh`` sets aside what is there and starts anew.
+    """
+    run_dir = (run_dir or Path("runs") / recipe.name).resolve()
+    order = stage_order(recipe)
+    if stage is not None and stage not in order:
+        raise RunError(f"--stage {stage}: no such stage{did_you_mean(stage, order) or ';'} stages: {', '.join(order)}")
+    world = connect()
+    voice = say if world.rank == 0 else _silent
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with RunLock(run_dir if world.rank == 0 else None):
+        keys = {name: _key(recipe, name, recipe_dir) for name in order}
+        chosen = [stage] if stage else order
+        if world.rank == 0:
+            _set_aside(recipe, run_dir, chosen, keys, fresh, voice)
+            _record_start(recipe, run_dir)
+        world.barrier()
+        if stage is not None:
+            for _, needed in references(recipe.stages[stage]):
+                if not StageFolder(run_dir / needed).finished(keys[needed]):
+                    raise RunError(f"--stage {stage}: it needs stage '{needed}', which is not finished with this recipe: run without --stage, or --stage {needed} first")
+        # Read by every rank before any of them starts to change it.
+        done = {name for name in chosen if StageFolder(run_dir / name).finished(keys[name])}
+        world.barrier()
+        for number, name in enumerate(chosen, 1):
+            if name in done:
+                voice(f"[{number}/{len(chosen)}] {name}: done before, skipped")
+                continue
+            voice(f"[{number}/{len(chosen)}] {name} ({recipe.stages[name].kind})")
+            _run_stage(recipe, name, keys[name], run_dir, recipe_dir, world, voice)
+            world.barrier()
+    return run_dir
+
+
+def _silent(text: str) -> None:
+    """What ranks other than the first say."""
+
+
+def prepare_recipe(recipe: Recipe, *, recipe_dir: Path, run_dir: Path | None = None, say: Say = print) -> Path:
+    """Prepare the text of every stage of a recipe: no model is loaded, no GPU touched."""
+    run_dir = (run_dir or Path("runs") / recipe.name).resolve()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    world = World(torch.device("cpu"))
+    with RunLock(run_dir):
+        for name in stage_order(recipe):
+            options = recipe.stages[name]
+            context = StageContext(recipe, name, options, run_dir / name, run_dir, recipe_dir, world, say)
+            if options.kind == "prepare":
+                key = _key(recipe, name, recipe_dir)
+                if not StageFolder(run_dir / name).finished(key):
+                    _set_aside(recipe, run_dir, [name], {name: key}, False, say)
+                    _run_stage(recipe, name, key, run_dir, recipe_dir, world, say)
+            elif isinstance(getattr(options, "data", None), DataOptions):
+                tokenizer = options.data.tokenizer
+                if isinstance(tokenizer, From) and recipe.stages[tokenizer.from_].kind != "prepare":
+                    say(f"{name}: its tokenizer comes from stage '{tokenizer.from_}', so its text is prepared when that has run")
+                    continue
+                folder, _ = context.data(options.data)
+                say(f"{name}: {folder}")
+    return run_dir
+
+
+def _run_stage(recipe: Recipe, name: str, key: str, run_dir: Path, recipe_dir: Path, world: World, say: Say) -> None:
+    folder, options = StageFolder(run_dir / name), recipe.stages[name]
+    if options.grid:
+        with _recorded(folder, key, options, world):
+            _run_grid(recipe, name, folder.path, run_dir, recipe_dir, world, say)
+        return
+    with _recorded(folder, key, options, world) as facts:
+        context = StageContext(recipe, name, options, folder.path, run_dir, recipe_dir, world, say, facts)
+        STAGES.implementation(options.kind)(context).run()
+
+
+@contextmanager
+def _recorded(folder: StageFolder, key: str, options: Any, world: World) -> Iterator[dict[str, Any]]:
+    if world.rank:
+        yield {}
+        return
+    folder.start(key, options.model_dump(mode="json", by_alias=True))
+    began = time.monotonic()
+    facts: dict[str, Any] = {}
+    try:
+        yield facts
+    except BaseException as error:
+        status = "preempted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        folder.end(status, time.monotonic() - began, **facts)
+        raise
+    folder.end("finished", time.monotonic() - began, **facts)
+
+
+def grid_cells(options: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """``(label, settings, options)`` of every cell of a stage's grid; a setting that does not exist is an error."""
+    base = options.model_dump(mode="json", by_alias=True)
+    base["grid"] = {}
+    for values in itertools.product(*options.grid.values()):
+        settings = dict(zip(options.grid, values, strict=True))
+        cell = json.loads(json.dumps(base))
+        for path, value in settings.items():
+            _assign(cell, path, value)
+        try:
+            validated = STAGES.options(options.kind).model_validate(cell)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RecipeError([f"grid {settings}: {'.'.join(map(str, first['loc']))}: {first['msg']}"]) from error
+        yield ",".join(f"{path.rsplit('.', 1)[-1]}={value}" for path, value in settings.items()).replace("/", "_"), settings, validated
+
+
+def _assign(tree: Any, path: str, value: Any) -> None:
+    words = path.split(".")
+    for i, word in enumerate(words):
+        known: dict[str, Any] = dict(enumerate(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else {}
+        step: Any = int(word) if isinstance(tree, list) and word.isdigit() else word
+        if step not in known:
+            hint = did_you_mean(word, map(str, known)) or f"; known here: {', '.join(map(str, known))}"
+            raise RecipeError([f"grid.{path}: no setting {'.'.join(words[: i + 1])!r}{hint}"])
+        if i == len(words) - 1:
+            tree[step] = value
+        else:
+            tree = tree[step]
+
+
+def _run_grid(recipe: Recipe, name: str, folder: Path, run_dir: Path, recipe_dir: Path, world: World, say: Say) -> None:
+    rows = []
+    cells = list(grid_cells(recipe.stages[name]))
+    keys = [digest(options.model_dump(mode="json", by_alias=True)) for _, _, options in cells]
+    done = [StageFolder(folder / "grid" / label).finished(key) for (label, _, _), key in zip(cells, keys, strict=True)]
+    world.barrier()
+    for number, ((label, settings, options), key, finished) in enumerate(zip(cells, keys, done, strict=True), 1):
+        say(f"  cell {number}/{len(cells)}: {label}{' (done before, skipped)' if finished else ''}")
+        cell = StageFolder(folder / "grid" / label)
+        if not finished:
+            with _recorded(cell, key, options, world) as facts:
+                context = StageContext(recipe, name, options, cell.path, run_dir, recipe_dir, world, say, facts)
+                STAGES.implementation(options.kind)(context).run()
+            world.barrier()
+        record = cell.record or {}
+        rows.append({**settings, **{k: v for k, v in record.get("result", {}).items() if isinstance(v, int | float | str)}})
+    if world.rank == 0:
+        write_json(folder / "grid.json", rows)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = [columns, *[[_cell(row.get(column)) for column in columns] for row in rows]]
+    widths = [max(len(str(line[i])) for line in table) for i in range(len(columns))]
+    for line in table:
+        say("  " + "  ".join(str(item).rjust(width) for item, width in zip(line, widths, strict=True)))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _key(recipe: Recipe, name: str, recipe_dir: Path) -> str:
+    options = recipe.stages[name]
+    resolved = options.model_dump(mode="json", by_alias=True)
+    for cosmetic in COSMETIC & set(resolved.get("loop", {})):
+        del resolved["loop"][cosmetic]
+    files = {}
+    for source in _sources(options):
+        files[source] = _listing(Path(resolve_source(source, recipe_dir)))
+    data = getattr(options, "data", None)
+    if isinstance(data, DataOptions):
+        files["data"] = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in input_files(data, recipe_dir)}
+    return digest([resolved, {other: _key(recipe, other, recipe_dir) for _, other in references(options)}, files])
+
+
+def _sources(options: Any) -> list[str]:
+    student, teacher = getattr(options, "student", None), getattr(options, "teacher", None)
+    named = [getattr(student, "base", None), getattr(teacher, "model", None)]
+    return [source for source in named if isinstance(source, str)]
+
+
+def _listing(path: Path) -> dict[str, list[int]]:
+    if not path.is_dir():
+        return {}
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(path.iterdir()) if file.is_file()}
+
+
+def _set_aside(recipe: Recipe, run_dir: Path, chosen: list[str], keys: dict[str, str], fresh: bool, say: Say) -> None:
+    """Say which stages are stale and why, and rename what they left, before anything starts."""
+    for name in chosen:
+        folder = StageFolder(run_dir / name)
+        record = folder.record if folder.path.exists() else None
+        if record is None:
+            continue
+        if fresh:
+            say(f"{name}: --fresh; what was there is kept as {folder.set_aside().name}/")
+        elif record["key"] != keys[name]:
+            changes = changed_fields(record["options"], recipe.stages[name].model_dump(mode="json", by_alias=True))
+            reason = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
+            say(f"{name}: stale ({reason or 'a stage or file it reads has changed'}); what was there is kept as {folder.set_aside().name}/")
+
+
+def _record_start(recipe: Recipe, run_dir: Path) -> None:
+    write_json(run_dir / "recipe.json", recipe.model_dump(mode="json", by_alias=True))
+    versions = {"limbeck": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    command = " ".join(["limbeck", *sys.argv[1:]])
+    write_json(run_dir / "environment.json", {"versions": versions, "machine": platform.platform(), "command": command, "started": started})
+
+
+def open_stage(path: Path) -> tuple[Recipe, str, Path]:
+    """``(recipe, stage, run_dir)`` of a stage's folder in a run; for verbs that take a finished run."""
+    run_dir = path.parent
+    try:
+        recipe = Recipe.model_validate(read_json(run_dir / "recipe.json"))
+    except (ValidationError, LimbeckError) as error:
+        raise RunError(f"{run_dir}: not a run directory that this version can read ({error})") from error
+    return recipe, path.name, run_dir

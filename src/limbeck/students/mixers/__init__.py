@@ -1,0 +1,1 @@
+"""Mixers: what replaces softmax attention in a hybrid's layers, one file each."""

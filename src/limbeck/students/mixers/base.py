@@ -1,0 +1,117 @@
+"""The contract of a mixer, and what several of them share.
+
+A mixer sits in a decoder layer's attention slot and is called exactly as the family's attention was.  It must not keep tensors outside
+its parameters and persistent buffers: a student is built on meta and filled from files, and anything else would come back as zeros.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from limbeck.config.base import Part
+from limbeck.errors import ModelError
+from limbeck.models.structure import AttentionFacts, AttentionView, Rotary
+
+GroupedHeads = Literal["heads", "rows"]
+"""How grouped key/value weights become one head a query head; ``rows`` is the scrambled control."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Names of a mixer's tensors that were copied from attention, and of those that it starts by itself."""
+
+    copied: list[str]
+    fresh: list[str]
+
+
+class Mixer(nn.Module, ABC):
+    """Base class of mixers: built from options and the facts of the attention it replaces."""
+
+    def __init__(self, options: Part, facts: AttentionFacts, config: PreTrainedConfig, layer_index: int):
+        super().__init__()
+        self.options = options
+        self.facts = facts
+        self.layer_index = layer_index
+
+    @abstractmethod
+    def init_from(self, view: AttentionView, gqa: GroupedHeads = "heads") -> Report:
+        """Fill *every* tensor of the mixer, from the attention where there is one that fits; the values then need no random numbers
+        or come from torch's global generator."""
+
+    @abstractmethod
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rotary | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        documents_BT: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """``[B, T, D]`` to the same.
+
+        ``position_embeddings`` are the family's ``(cos, sin)``; ``documents_BT`` numbers the documents of packed rows (-1 on padding);
+        ``padding_mask`` ``[B, T]`` is True at real tokens of a padded batch.  ``attention_mask``, made for softmax attention, is not
+        read.  With a cache the call continues from, and updates, the layer's own state.
+        """
+
+    @abstractmethod
+    def cache_layer(self) -> CacheLayerMixin:
+        """An empty state for a new sequence."""
+
+    @abstractmethod
+    def state_bytes(self, context: int, dtype_bytes: int = 2) -> int:
+        """Bytes that one sequence's state holds after ``context`` tokens, ``dtype_bytes`` a number in the compute dtype."""
+
+    @abstractmethod
+    def num_flops_per_token(self, context: int) -> int:
+        """Floating-point operations of one forward token at position ``context`` (a multiply-add is two)."""
+
+    def rotate(self, q_BTHK: Tensor, k_BTHK: Tensor, position_embeddings: Rotary | None) -> tuple[Tensor, Tensor]:
+        """The family's rotary embedding of q and k, heads behind tokens."""
+        if not self.facts.rope:
+            return q_BTHK, k_BTHK
+        if position_embeddings is None:
+            raise ModelError(
+                f"layer {self.layer_index}: this family hands no position_embeddings to its attention, so a mixer cannot rotate: set `rope: false`"
+            )
+        q_BHTK, k_BHTK = self.facts.rotate(q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), position_embeddings)
+        return q_BHTK.transpose(1, 2), k_BHTK.transpose(1, 2)
+
+
+def expand_groups(weight: Tensor, facts: AttentionFacts, gqa: GroupedHeads = "heads") -> Tensor:
+    """Grouped key/value rows ``[KV * head_dim, ...]`` as one head a query head, ``[H * head_dim, ...]``.
+
+    Query head ``h`` reads KV head ``h // groups``, so every head is repeated as a whole.  ``rows`` repeats single rows instead, as
+    fla-org/hybrid-distillation does: it is a control for experiments, every head of its result is scrambled.
+    """
+    if gqa == "rows":
+        return weight.repeat_interleave(facts.num_groups, dim=0)
+    return weight.unflatten(0, (facts.num_kv_heads, -1)).repeat_interleave(facts.num_groups, dim=0).flatten(0, 1)
+
+
+@torch.no_grad()
+def copy_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None, name: str) -> list[str]:
+    """Fill a linear layer; returns the names of what was copied, under ``name``."""
+    linear.weight.copy_(weight)
+    if linear.bias is None:
+        return [f"{name}.weight"]
+    assert bias is not None
+    linear.bias.copy_(bias)
+    return [f"{name}.weight", f"{name}.bias"]
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp32, or fp64 when any of the tensors is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

@@ -1,0 +1,208 @@
+"""The gated delta rule: chunked == recurrent, packed == separate, prefill + decode == one pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.ops.chunked_delta_rule import unit_lower_inverse
+from limbeck.ops.delta_rule import gated_delta_rule, gated_delta_rule_reference, gated_delta_rule_step
+
+NAMES = ("output", "final state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def make_inputs(
+    batch: int, tokens: int, heads: int, key: int, value: int, *, gate: float = 1.0, uniform: bool = False, seed: int = 0
+) -> list[Tensor]:
+    """q, k, v, g, beta, state in fp64; log decays in [-gate, 0], or all equal to -gate."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def unit(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    q, k = (F.normalize(normal(batch, tokens, heads, key), dim=-1) for _ in range(2))
+    g = -gate * (torch.ones(batch, tokens, heads, dtype=torch.float64) if uniform else unit(batch, tokens, heads))
+    return [q, k, normal(batch, tokens, heads, value), g, unit(batch, tokens, heads), normal(batch, heads, key, value)]
+
+
+def results(rule, inputs: list[Tensor], dtype: torch.dtype, **options) -> list[Tensor]:
+    """Output, final state and every gradient of a fixed random functional of both."""
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    output, state = rule(*inputs[:5], initial_state_BHKV=inputs[5], **options)
+    generator = torch.Generator().manual_seed(9)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (output, state)]
+    loss = (output.double() * weights[0]).sum() + (state.double() * weights[1]).sum()
+    return [output, state, *torch.autograd.grad(loss, inputs)]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        assert a.isfinite().all(), name
+        error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-6)
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "gate", "uniform"),
+    [
+        (64, 32, 0.0, False),
+        (70, 64, 0.05, False),
+        (70, 64, 5.0, False),
+        (80, 64, 5.0, True),
+        (70, 64, 20.0, False),
+        (70, 16, 1.0, False),
+        (50, 24, 1.0, False),
+        (37, 128, 1.0, False),
+        (1, 64, 1.0, False),
+    ],
+)
+def test_chunked_equals_recurrent_with_every_gradient(tokens: int, chunk: int, gate: float, uniform: bool) -> None:
+    inputs = make_inputs(2, tokens, 2, 16, 24, gate=gate, uniform=uniform)
+    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    for dtype, tolerance in TOLERANCE.items():
+        assert_equal(results(gated_delta_rule, inputs, dtype, chunk=chunk), expected, tolerance)
+
+
+def test_a_strong_decay_far_back_in_the_chunk_costs_no_precision() -> None:
+    # Sums of -300 leave an fp32 difference of neighbours 3e-5 to go wrong by.
+    inputs = make_inputs(1, 64, 2, 16, 16, gate=0.02)
+    inputs[3][:, :60:2] = -10.3
+    inputs[3][:, 30:] = inputs[3][:, 30:].clamp_min(-0.02)
+    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    assert_equal(results(gated_delta_rule, inputs, torch.float32), expected, 2e-6)
+
+
+def test_decayed_to_nothing_leaves_neither_nan_nor_a_wrong_gradient() -> None:
+    inputs = make_inputs(1, 96, 2, 8, 8)
+    inputs[3][:, ::7] = -torch.inf
+    inputs[3][:, 1::7] = -1e4
+    found = results(gated_delta_rule, inputs, torch.float32)
+    finite = [*inputs[:3], inputs[3].clamp_min(-700), *inputs[4:]]
+    assert_equal(found, results(gated_delta_rule_reference, finite, torch.float64), 1e-5)
+
+
+def test_equal_keys_at_full_strength_keep_their_precision() -> None:
+    # Every entry of A is 1: its powers reach 1e17 within a chunk while the inverse has entries of 1.
+    inputs = make_inputs(1, 128, 1, 8, 8, gate=0.0)
+    inputs[1][:] = inputs[1][:, :1]
+    inputs[4][:] = 1.0
+    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    assert_equal(results(gated_delta_rule, inputs, torch.float32), expected, 1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64])
+def test_the_inverse_reads_only_what_stands_below_the_diagonal(size: int) -> None:
+    strict = 0.2 * torch.randn(3, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.linalg.inv(torch.eye(size, dtype=torch.float64) - strict.tril(-1))
+    torch.testing.assert_close(unit_lower_inverse(strict), expected, rtol=1e-9, atol=1e-9)
+
+
+LENGTHS = (3, 13, 1, 16, 10, 7)
+"""Documents that begin at a chunk's first token, at its second and in its middle, for chunks of 16."""
+
+
+def test_packed_documents_equal_separate_documents() -> None:
+    tokens = sum(LENGTHS)
+    inputs = make_inputs(1, tokens, 2, 8, 12, gate=2.0)
+    documents = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    state, outputs, start = leaves[5], [], 0
+    for length in LENGTHS:
+        part = [x[:, start : start + length] for x in leaves[:5]]
+        output, final = gated_delta_rule_reference(*part, initial_state_BHKV=state)
+        outputs.append(output)
+        state, start = torch.zeros_like(leaves[5]), start + length
+    output = torch.cat(outputs, 1)
+    generator = torch.Generator().manual_seed(9)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (output, final)]
+    gradients = torch.autograd.grad((output * weights[0]).sum() + (final * weights[1]).sum(), leaves)
+    expected = [output, final, *gradients]
+    assert_equal(results(gated_delta_rule_reference, inputs, torch.float64, documents_BT=documents), expected, 1e-10)
+    for dtype, tolerance in TOLERANCE.items():
+        assert_equal(results(gated_delta_rule, inputs, dtype, documents_BT=documents, chunk=16), expected, tolerance)
+
+
+@pytest.mark.parametrize("left", [0, 5, 16])
+def test_padding_reads_zero_and_leaves_state_and_gradients_alone(left: int) -> None:
+    right, tokens = 9, 30
+    inputs = make_inputs(2, tokens, 2, 8, 8)
+    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    noise = make_inputs(2, left + tokens + right, 2, 8, 8, seed=1)
+    padded = [*noise[:5], inputs[5]]
+    for x, y in zip(padded[:5], inputs[:5], strict=True):
+        x[:, left : left + tokens] = y
+    documents = torch.full((2, left + tokens + right), -1)
+    documents[:, left : left + tokens] = 4
+    for rule in (gated_delta_rule, gated_delta_rule_reference):
+
+        def inner(*args, rule=rule, **options):
+            output, state = rule(*args, documents_BT=documents, **options)
+            assert not output[:, :left].any() and not output[:, left + tokens :].any()
+            return output[:, left : left + tokens], state
+
+        found = results(inner, padded, torch.float64)
+        for gradient in found[2:7]:
+            assert not gradient[:, :left].any() and not gradient[:, left + tokens :].any()
+        found[2:7] = [x[:, left : left + tokens] for x in found[2:7]]
+        assert_equal(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prefill_and_decode_equal_the_full_pass(dtype: torch.dtype) -> None:
+    inputs = [x.to(dtype) for x in make_inputs(2, 150, 2, 16, 16)]
+    expected, expected_state = gated_delta_rule(*inputs[:5], initial_state_BHKV=inputs[5])
+    state, outputs, start = inputs[5], [], 0
+    for length in (70, 1, 64, 5):
+        part = [x[:, start : start + length] for x in inputs[:5]]
+        output, state = gated_delta_rule(*part, initial_state_BHKV=state)
+        outputs.append(output)
+        start += length
+    for t in range(start, 150):
+        output, state = gated_delta_rule_step(*(x[:, t] for x in inputs[:5]), state)
+        outputs.append(output[:, None])
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(state, expected_state, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_without_decay_it_is_deltanet() -> None:
+    """DeltaNet in closed form over the whole row: (I + tril(beta K K^T, -1)) U = beta V, o = tril(Q K^T) U."""
+    q, k, v, _, beta, _ = make_inputs(2, 90, 2, 16, 12)
+    found, _ = gated_delta_rule(q, k, v, torch.zeros_like(beta), beta, scale=1.0)
+    q, k, v, beta = (x.transpose(1, 2) for x in (q, k, v, beta))
+    system = torch.eye(90, dtype=torch.float64) + (beta[..., None] * (k @ k.mT)).tril(-1)
+    corrections = torch.linalg.solve(system, beta[..., None] * v)
+    expected = ((q @ k.mT).tril() @ corrections).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_inputs_keep_an_fp32_state(autocast: bool) -> None:
+    inputs = make_inputs(1, 80, 2, 32, 32)
+    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    leaves = [x.to(torch.bfloat16).requires_grad_() for x in inputs[:5]]
+    start = inputs[5].float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output, state = gated_delta_rule(*leaves, initial_state_BHKV=start)
+    assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
+    generator = torch.Generator().manual_seed(9)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (output, state)]
+    loss = (output.double() * weights[0]).sum() + (state.double() * weights[1]).sum()
+    found = [output, state, *torch.autograd.grad(loss, [*leaves, start])]
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        assert (a.double() - b).norm() / b.norm() <= 2e-2, name
+
+
+def test_a_loss_on_the_state_alone_has_gradients() -> None:
+    inputs = make_inputs(1, 20, 1, 8, 8)
+    found = [x.requires_grad_() for x in inputs]
+    _, state = gated_delta_rule(*found[:5], initial_state_BHKV=found[5])
+    gradients = torch.autograd.grad(state.sum(), found[1:])
+    _, state = gated_delta_rule_reference(*found[:5], initial_state_BHKV=found[5])
+    for a, b in zip(gradients, torch.autograd.grad(state.sum(), found[1:]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

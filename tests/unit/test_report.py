@@ -1,0 +1,212 @@
+"""The report page and the card: everything escaped, nothing fetched, nothing invented."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import xml.dom.minidom
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from limbeck.errors import CheckpointError
+from limbeck.evaluation.table import comparison_rows, size
+from limbeck.report.card import model_card
+from limbeck.report.curves import thin, training_figures
+from limbeck.report.html import write_report
+from limbeck.report.run import read_run
+from limbeck.report.svg import Series, line_chart, linear_ticks, log_ticks
+
+HYBRID = ["gated_deltanet", "gated_deltanet", "softmax", "gated_deltanet"]
+NASTY = '</div><script>alert("x")</script> & <b>'
+CE = {"teacher": 3.0, "copy_init": 7.0, "distil": 3.05}
+
+
+def evaluation() -> dict:
+    return {
+        "student": "distil",
+        "teacher": "teacher",
+        "setting": {
+            "rows": 8,
+            "sequence": 64,
+            "precision": "float32",
+            "device": "CPU, 2 threads",
+            "samples": {"temperature": 0.0},
+        },
+        "models": {
+            m: {"parameters": 10**6, "model_type": "qwen3", "layers": ["softmax"] * 4 if m == "teacher" else HYBRID} for m in CE
+        },
+        "perplexity": {m: {"ce": ce, "perplexity": math.exp(ce), "accuracy": 0.4, "tokens": 512} for m, ce in CE.items()},
+        "divergence": {
+            m: {"kl": CE[m] - 2.99, "agreement": 0.9, "ce_gap": CE[m] - 3.0, "tokens": 512} for m in ("copy_init", "distil")
+        },
+        "recall": {m: [{"task": "repeat", "distance": d, "accuracy": 0.9, "ce": 0.1, "count": 8} for d in (32, 64)] for m in CE},
+        "cache": {
+            m: [{"context": c, "bytes": c * (4 if m == "teacher" else 1), "kv": 0, "state": 0} for c in (1024, 4096)] for m in CE
+        },
+        "speed": {m: [{"context": 1024, "tokens_per_second": 10.0 + (m == "distil") * 5, "seconds": 0.1}] for m in CE},
+        "samples": [{"prompt": f"P {NASTY}", "continuations": {m: f" text {NASTY} {m}" for m in CE}}],
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    stages = {
+        "align": {"kind": "train"},
+        "distil": {"kind": "train"},
+        "evaluate": {"kind": "evaluate", "from": "distil"},
+        "later": {"kind": "export"},
+    }
+    files: dict[str, object] = {
+        "recipe.json": {"name": f"run {NASTY}", "description": NASTY, "stages": stages},
+        "environment.json": {"versions": {"torch": "2.13.0"}, "command": f"limbeck run {NASTY}", "machine": "Linux"},
+        "evaluate/evaluation/evaluation.json": evaluation(),
+    }
+    for name in ("align", "distil", "evaluate"):
+        files[f"{name}/stage.json"] = {
+            "kind": stages[name]["kind"],
+            "status": "finished",
+            "seconds": 61.0,
+            "options": stages[name],
+        }
+    for name, value in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
+    for name, extra in (
+        ("align", {"residual/0": 0.5, "residual/1": 0.2, "lr/mixers": 1e-3}),
+        ("distil", {"kl": 0.3, "agreement": 0.8}),
+    ):
+        lines = [
+            {"step": s, "tokens": 100 * s, "loss": 1 / s, "losses": [1 / s, None], "grad_norm": None, **extra}
+            for s in range(2, 20, 2)
+        ]
+        lines.append({"step": 18, "validation/loss": 0.1, "validation/kl": 0.35})
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 20, "lo')
+    return tmp_path
+
+
+class Checker(HTMLParser):
+    """Every tag closed, none that runs or fetches."""
+
+    VOID = frozenset({"meta", "path", "circle"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        assert not {name for name, _ in attrs} & {"src", "href", "onload", "onclick"}
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_page_is_well_formed_and_needs_nothing_from_outside(run_dir: Path) -> None:
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(text)
+    assert not checker.open
+    assert not checker.tags & {"script", "link", "img", "iframe", "object"}
+    assert "http" not in text and "@import" not in text and "url(" not in text
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+
+
+def test_text_of_models_and_recipes_cannot_become_markup(run_dir: Path) -> None:
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    assert "<script" not in text and "<b>P" not in text
+    assert text.count("&lt;script&gt;") >= 6  # title, heading, description, command, prompt, continuations
+
+
+def test_page_says_what_became_what_and_what_it_costs(run_dir: Path) -> None:
+    text = re.sub(r"<[^>]+>", " ", write_report(run_dir).read_text(encoding="utf-8"))
+    for words in (
+        "3 of the 4 attention layers of a qwen3 model became gated_deltanet; softmax stays in layer 2.",
+        "+0.050",
+        "98.8% of copy_init&#x27;s gap closed",
+        "0.25×",
+        "1.50×",
+        "layer 1: 0.2 at step 18",
+        "held out: 0.35 at step 18",
+        "limbeck run recipe.json",
+        "torch",
+    ):
+        assert words in text, words
+
+
+def test_half_a_run_has_a_page_too(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"name": "young", "stages": {"align": {}}}')
+    assert "young" in write_report(tmp_path).read_text()
+    (tmp_path / "align").mkdir()
+    (tmp_path / "align" / "stage.json").write_text('{"kind": "train", "status": "failed", "seconds": 3}')
+    assert "class=failed>failed" in write_report(tmp_path).read_text()
+    assert "young" in model_card(read_run(tmp_path))
+
+
+def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no recipe\.json"):
+        write_report(tmp_path)
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"recipe\.json: not JSON"):
+        write_report(tmp_path)
+
+
+def test_best_is_looked_for_among_students_and_not_where_they_tie() -> None:
+    rows = {row.measure: row for row in comparison_rows(evaluation())}
+    assert rows["cross-entropy, nats/token"].best == 2
+    assert rows["repeat, 32 tokens back"].best is None
+    assert rows["over teacher's, at 1k tokens"].cells == ("1.00×", "1.00×", "1.50×")
+    assert rows["cross-entropy gap to the teacher"].cells == ("–", "+4.0000", "+0.0500")
+
+
+def test_measures_that_were_not_taken_leave_no_row() -> None:
+    results = {key: evaluation()[key] for key in ("student", "teacher", "models", "perplexity", "divergence")}
+    assert {row.group for row in comparison_rows(results)} == {"held-out text", "size"}
+
+
+def test_card_keeps_its_table_whole(run_dir: Path) -> None:
+    results = evaluation()
+    name = "a|b"
+    for part in ("models", "perplexity", "divergence", "recall", "cache", "speed"):
+        results[part][name] = results[part].pop("distil")
+    results["student"] = name
+    (run_dir / "evaluate/evaluation/evaluation.json").write_text(json.dumps(results))
+    table = [line for line in model_card(read_run(run_dir)).splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5}
+
+
+def test_charts_are_xml_and_leave_out_what_is_not_finite() -> None:
+    series = [Series("a", [(1.0, 1.0), (2.0, math.nan), (3.0, 100.0)], "red"), Series("b", [(1.0, math.inf)], "blue")]
+    chart = line_chart(series, x_label="x", y_label="y", log_y=True)
+    assert len(xml.dom.minidom.parseString(chart).getElementsByTagName("title")) == 2
+    assert "nan" not in chart and "inf" not in chart
+    assert "no points" in line_chart([Series("a", [], "red")], x_label="x", y_label="y")
+    assert "<svg" in line_chart([Series("a", [(1.0, 0.0)], "red")], x_label="x", y_label="y")
+
+
+def test_every_step_of_the_loss_is_in_the_curve(run_dir: Path) -> None:
+    stage = next(stage for stage in read_run(run_dir).stages if stage.name == "align")
+    figures = {title: (note, chart) for title, note, chart in training_figures(stage)}
+    assert set(figures) == {"loss", "KL from the teacher", "attention residual by layer", "learning rate"}
+    assert "training: 0.5 at step 1<" in figures["loss"][1]
+    points, width = thin([(float(i), float(i)) for i in range(1000)], most=100)
+    assert width == 10 and len(points) == 100 and points[0] == (9.0, 4.5)
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert linear_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert log_ticks(0.05, 20) == pytest.approx([0.1, 1, 10])
+    assert [size(n) for n in (0, 900, 1024, 1536, 1010 * 1024, 3 * 2**30)] == [
+        "0 B",
+        "900 B",
+        "1 KiB",
+        "1.5 KiB",
+        "1010 KiB",
+        "3 GiB",
+    ]
