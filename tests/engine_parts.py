@@ -51,7 +51,9 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, *, positions_BT: Tensor) -> Tensor:
         mean_BTD = x_BTD.cumsum(1) / torch.arange(1, x_BTD.shape[1] + 1, device=x_BTD.device)[:, None]
         mean_BTD = mean_BTD + self.mixer(x_BTD, positions_BT=positions_BT)[0]
-        h = self.norm(x_BTD + mean_BTD + (positions_BT[..., None] == 0))
+        # Not a constant over the width, which the norm would take out again.
+        first_BTD = (positions_BT[..., None] == 0) * torch.linspace(-1, 1, x_BTD.shape[-1], dtype=x_BTD.dtype)
+        h = self.norm(x_BTD + mean_BTD + first_BTD)
         return x_BTD + self.dropout(self.down(F.gelu(self.up(h))))
 
 

@@ -47,13 +47,19 @@ def tune_no_align(seed: int, more: list[str], out: Path) -> tuple[float, list[di
         evaluate = {**tree["stages"]["evaluate_kept"], "from": "no_align", "against": ["teacher"], "recall": None}
         recipe = Recipe.model_validate({"name": "tune", "stages": {"no_align": stage, "evaluate": evaluate}})
         run = run_recipe(recipe, recipe_dir=HERE, run_dir=out / f"no_align-lr-{lr:g}")
-        rows.append({"setting": "no_align", "seed": seed, "lr_mixers": lr, "metric": "ce", "value": summary(run, "evaluate")["no_align"]["ce"]})
+        rows.append({"setting": "no_align", "seed": seed, "lr_mixers": lr, "metric": "ce", "value": measured(run, "evaluate")["no_align"]["ce"]})
     return min(rows, key=lambda row: row["value"])["lr_mixers"], rows
 
 
-def summary(run: Path, stage: str) -> dict[str, Any]:
-    """Model -> headline numbers of an evaluate stage."""
-    return json.loads((run / stage / "evaluation" / "evaluation.json").read_text())["summary"]
+def measured(run: Path, stage: str) -> dict[str, dict[str, float]]:
+    """Model -> its numbers in an evaluate stage: text, divergence from the teacher, recall by task and distance."""
+    found = json.loads((run / stage / "evaluation" / "evaluation.json").read_text())
+    models: dict[str, dict[str, float]] = {}
+    for name, text in found["perplexity"].items():
+        recall = {f"recall/{entry['task']}/{entry['distance']}": entry["accuracy"] for entry in found.get("recall", {}).get(name, [])}
+        models[name] = {"ce": text["ce"], "perplexity": text["perplexity"], **recall}
+        models[name] |= {key: found["divergence"].get(name, {}).get(key, 0.0) for key in ("kl", "agreement") if name != "teacher"}
+    return models
 
 
 def residuals(run: Path, stage: str) -> dict[str, float]:
@@ -82,7 +88,7 @@ def main() -> None:
     worst_residual = []
     for seed in seeds:
         run = run_recipe(seeded(seed, *more), recipe_dir=HERE, run_dir=out / f"seed-{seed}")
-        linear, kept = summary(run, "evaluate_linear"), summary(run, "evaluate_kept")
+        linear, kept = measured(run, "evaluate_linear"), measured(run, "evaluate_kept")
         for name in recovered:
             found = kept if name == "kept" else linear
             teacher, start = found["teacher"]["ce"], found["copy_init"]["ce"]
@@ -90,7 +96,7 @@ def main() -> None:
             gaps[name].append(found[name]["ce"] - teacher)
         for found, label in ((linear, "all-linear"), (kept, "25% kept")):
             for name, values in found.items():
-                rows += [{"setting": f"{label}: {name}", "seed": seed, "metric": m, "value": v} for m, v in values.items() if isinstance(v, int | float)]
+                rows += [{"setting": f"{label}: {name}", "seed": seed, "metric": m, "value": v} for m, v in values.items()]
         for layer, value in residuals(run, "align").items():
             rows.append({"setting": "align", "seed": seed, "metric": f"residual/{layer}", "value": value})
         worst_residual.append(sorted(residuals(run, "align").values()))

@@ -71,7 +71,8 @@ def test_every_stage_leaves_its_one_artefact(finished: tuple[Path, Path, list[st
     for path in ("pretrain/model", "align/model", "distil/model", "evaluate/evaluation", "export/export/hf"):
         assert (run_dir / path).is_dir(), path
     found = json.loads((run_dir / "evaluate/evaluation/evaluation.json").read_text())
-    assert set(found["summary"]) == {"teacher", "copy_init", "align", "distil"}
+    assert set(found["perplexity"]) == {"teacher", "copy_init", "align", "distil"}
+    assert found["teacher"] == "teacher" and found["student"] == "distil"
 
 
 def test_a_finished_recipe_is_not_run_again(finished: tuple[Path, Path, list[str]]) -> None:

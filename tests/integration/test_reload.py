@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import linear_plugin
 from families import FAMILIES, LAYERS, tiny_model, tokens
+from limbeck.config.parts.surgeries import HybridizeOptions
 from limbeck.models.limbeck_model import wrap_student
 from limbeck.models.loading import load_model, load_tokenizer, save_model
 
@@ -29,6 +31,7 @@ assert AutoConfig.from_pretrained(sys.argv[1] + "/qwen3").model_type == "limbeck
 import linear_plugin
 import json, torch
 from pathlib import Path
+from typing import Any
 from safetensors.torch import load_file
 result = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
@@ -56,18 +59,21 @@ def _run(code: str, *args: str) -> str:
 
 def test_students_of_every_family_reload_in_a_fresh_process(tmp_path: Path) -> None:
     ids, tied = tokens(2, 9), {}
-    for number, family in enumerate(FAMILIES):
-        tied[family] = number % 2 == 0
+    students: dict[str, tuple[str, Any]] = {}
+    for family in FAMILIES:
         layers = tuple(range(LAYERS)) if family in ("olmo2", "gemma3") else (1, 3)
-        student = wrap_student(
-            tiny_model(family, tied=tied[family], dtype=torch.float64), [linear_plugin.DecayOptions(layers=layers)], BASE
-        )
-        save_model(student, tmp_path / family)
+        students[family] = (family, linear_plugin.DecayOptions(layers=layers))
+    for mixer in ("gated_deltanet", "swa"):
+        students[f"qwen3-{mixer}"] = ("qwen3", HybridizeOptions.model_validate({"mixer": mixer, "keep": [0]}))
+    for number, (name, (family, surgery)) in enumerate(students.items()):
+        tied[name] = number % 2 == 0
+        student = wrap_student(tiny_model(family, tied=tied[name], dtype=torch.float64), [surgery], BASE)
+        save_model(student, tmp_path / name)
         with torch.no_grad():
             made = student.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-            save_file({"ids": ids, "logits": student(ids).logits, "made": made}, tmp_path / f"{family}.expected")
+            save_file({"ids": ids, "logits": student(ids).logits, "made": made}, tmp_path / f"{name}.expected")
     result = json.loads(_run(RELOAD.replace("ORDER", "import limbeck"), str(tmp_path)))
-    assert result == {family: [0.0, True, tied[family]] for family in FAMILIES}
+    assert result == {name: [0.0, True, tied[name]] for name in students}
 
 
 def test_registration_works_when_transformers_comes_first(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,3 +209,14 @@ def test_a_loss_on_the_state_alone_has_gradients() -> None:
     _, state = gated_delta_rule_reference(*found[:5], initial_state_BHKV=found[5])
     for a, b in zip(gradients, torch.autograd.grad(state.sum(), found[1:]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_speed_benchmark_runs_and_writes_its_evidence(tmp_path: Path) -> None:
+    from benchmarks.delta_rule.run import main
+
+    # The ratio itself belongs to the committed results: a shared machine's clock decides no test.
+    main(["--quick", "--out", str(tmp_path), "--threads", "1"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"claim", "command", "commit", "machine", "seeds", "rows", "criteria"}
+    agreement = results["criteria"][-1]
+    assert agreement["name"] == "largest relative difference" and agreement["holds"]

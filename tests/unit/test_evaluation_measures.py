@@ -136,7 +136,7 @@ def test_text_without_a_label_is_an_error_and_not_a_nan(pair: dict[str, PreTrain
         divergence(pair["teacher"], {"student": pair["student"]}, [batch])
 
 
-def test_recall_is_right_for_a_model_that_knows_and_half_for_one_that_half_knows(
+def test_recall_is_the_share_of_the_asked_tokens_that_a_model_knows(
     pair: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def knowing(wrong_rows: int) -> Any:
@@ -149,13 +149,15 @@ def test_recall_is_right_for_a_model_that_knows_and_half_for_one_that_half_knows
 
     monkeypatch.setattr(recall_module, "head_of", lambda model: Head(torch.eye(VOCABULARY)))
     options = RecallOptions(tasks=("repeat", "key_value"), distances=(16, 32), rows=4)
-    for wrong, accuracy in ((0, 1.0), (2, 0.5), (4, 0.0)):
+    asked = [probe_batch(t, d, 4, IDS, seed=0).label_mask_BT.sum(1).float() for t in options.tasks for d in options.distances]
+    for wrong in (0, 2, 4):
         monkeypatch.setattr(recall_module, "forward_packed", knowing(wrong))
         found = recall(pair["teacher"], options, IDS)
         assert [(entry["task"], entry["distance"]) for entry in found] == [
             (t, d) for t in options.tasks for d in options.distances
         ]
-        assert all(entry["accuracy"] == pytest.approx(accuracy) and entry["count"] >= 4 for entry in found)
+        assert [entry["accuracy"] for entry in found] == pytest.approx([float(a[wrong:].sum() / a.sum()) for a in asked])
+        assert [entry["count"] for entry in found] == [int(a.sum()) for a in asked]
 
 
 def test_head_meets_only_the_answers_of_a_probe(pair: dict[str, PreTrainedModel]) -> None:

@@ -42,9 +42,7 @@ def cache_tensors(cache: Any) -> list[dict[str, torch.Tensor]]:
 def test_bytes_are_those_of_the_cache_that_a_prefill_leaves(model: PreTrainedModel, context: int) -> None:
     cache = new_cache(model)
     step(model, tokens(1, context), cache)
-    # A window's positions are bookkeeping in integers, not state.
-    tensors = [tensor for layer in cache_tensors(cache) for tensor in layer.values() if tensor.is_floating_point()]
-    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    held = sum(tensor.numel() * tensor.element_size() for layer in cache_tensors(cache) for tensor in layer.values())
     counted = cache_bytes(model, context, dtype_bytes=4)
     assert counted["bytes"] == counted["kv"] + counted["state"] == held
     assert counted["context"] == context

@@ -37,7 +37,7 @@ class _Verbs(TyperGroup):
             typer.echo(f"limbeck: {error}" if "\n" not in str(error) else f"limbeck:\n{error}", err=True)
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
-            typer.echo("\nlimbeck: interrupted; the same command goes on from the last checkpoint", err=True)
+            typer.echo("\nlimbeck: interrupted; `limbeck run` goes on where it stopped", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -10,10 +10,11 @@ from rich.text import Text
 
 
 @cache
-def _console() -> Console:
+def terminal() -> Console:
+    """Where a verb prints."""
     return Console(highlight=False, soft_wrap=True)
 
 
 def say(thing: Any) -> None:
     """Print a line as it is (brackets are no markup), or a rich table."""
-    _console().print(Text(thing) if isinstance(thing, str) else thing)
+    terminal().print(Text(thing) if isinstance(thing, str) else thing)

@@ -14,7 +14,7 @@ def quickstart(
     quick: Annotated[bool, typer.Option("--quick", help="A form of seconds, which shows the machinery and no quality.")] = False,
 ) -> None:
     """A real distillation on this machine, no downloads."""
-    from limbeck.cli.console import say
+    from limbeck.cli.console import say, terminal
     from limbeck.stages.quickstart import quickstart as distil
 
-    distil(directory=directory, train_teacher=train_teacher, quick=quick, say=say)
+    distil(directory=directory, train_teacher=train_teacher, quick=quick, say=say, console=terminal())

@@ -17,11 +17,12 @@ def run(
     run_dir: RunDir = None,
 ) -> None:
     """Do what a recipe says and is not done yet."""
-    from limbeck.cli.console import say
+    from limbeck.cli.console import say, terminal
     from limbeck.config.load import load_recipe, recipe_folder
 
     loaded = load_recipe(recipe, overrides or ())
     from limbeck.stages.run import run_recipe
 
-    folder = run_recipe(loaded, recipe_dir=recipe_folder(recipe), run_dir=run_dir, stage=stage, fresh=fresh, say=say)
+    here = recipe_folder(recipe)
+    folder = run_recipe(loaded, recipe_dir=here, run_dir=run_dir, stage=stage, fresh=fresh, say=say, console=terminal())
     say(f"run in {folder}")

@@ -18,8 +18,8 @@ from limbeck.types import IGNORE, Batch
 class TokenRows:
     """One side of prepared text as rows of ``sequence`` tokens (memory-mapped).
 
-    Documents stand one after the other; one that crosses the end of a row goes on in the next as a piece of its own, with positions
-    from 0.  The last row is padded.  Row ``r`` is tokens ``r * sequence …``: nothing is stored a row.
+    Documents stand one after the other; one that crosses the end of a row goes on in the next as a piece of its own, with
+    positions from 0.  The last row is padded.  Row ``r`` is tokens ``r * sequence …``: nothing is stored for each row.
     """
 
     def __init__(self, folder: Path, split: str, *, verify: bool = False):
@@ -83,6 +83,8 @@ def check_disjoint(train_folder: Path, held_out_folder: Path) -> None:
     Raises:
         DataError: with the number of common documents and the names of the first.
     """
+    for folder in (train_folder, held_out_folder):
+        read_info(Path(folder))
     train_side, held_out_side = Path(train_folder) / "train", Path(held_out_folder) / "held_out"
     if not held_out_side.is_dir():
         return
@@ -93,7 +95,7 @@ def check_disjoint(train_folder: Path, held_out_folder: Path) -> None:
             first = set(common[:3].tolist())
             names = [json.loads(line) for i, line in enumerate(itertools.islice(file, max(first) + 1)) if i in first]
         raise DataError(
-            f"{len(common)} of {len(held_out)} held-out documents of {held_out_folder} are also in the training text of {train_folder} "
-            f"({', '.join(names)}{', …' if len(common) > 3 else ''}): Limbeck refuses to train on its own validation documents; prepare "
-            "both from one `data` section, or evaluate on other text"
+            f"{len(common)} of {len(held_out)} held-out documents of {held_out_folder} are also in the training text of "
+            f"{train_folder} ({', '.join(names)}{', …' if len(common) > 3 else ''}): Limbeck refuses to train on its own "
+            "validation documents; prepare both from one `data` section, or evaluate on other text"
         )

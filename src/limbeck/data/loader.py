@@ -31,9 +31,9 @@ class Rows(Protocol):
 class Loader:
     """Deals the rows out to steps and ranks.
 
-    Each epoch is a permutation of all rows by ``(seed, epoch)``; a step takes the next ``rows_per_step`` of it (the last step of an epoch
-    what is left) and every rank its contiguous part.  The rows of a step do not depend on the number of ranks, and the position is two
-    integers, so that resuming is exact and another ``world`` may go on.
+    Each epoch is a permutation of all rows by ``(seed, epoch)``; a step takes the next ``rows_per_step`` of it (the last step of
+    an epoch what is left) and every rank its contiguous part.  The rows of a step do not depend on the number of ranks, and the
+    position is two integers, so that resuming is exact and another ``world`` may go on.
     """
 
     def __init__(self, rows: Rows, rows_per_step: int, *, seed: int, rank: int = 0, world: int = 1):
@@ -46,8 +46,8 @@ class Loader:
             raise DataError("there are no training rows: the prepared text is empty")
         if rows_per_step < 1 or rows_per_step % world:
             raise DataError(
-                f"{rows_per_step} rows a step cannot be shared out evenly to {world} processes: set loop.batch_tokens to a multiple of "
-                f"{world} x sequence = {world * rows.sequence}"
+                f"{rows_per_step} rows a step cannot be shared out evenly to {world} processes: set loop.batch_tokens to a "
+                f"multiple of {world} x sequence = {world * rows.sequence}"
             )
         self.rows = rows
         self.rows_per_step = rows_per_step
@@ -80,8 +80,8 @@ class Loader:
         """
         if state["rows"] != len(self.rows):
             raise DataError(
-                f"the checkpoint was taken on data of {state['rows']} rows and these have {len(self.rows)}: resume with the same data, or "
-                "start afresh"
+                f"the checkpoint was taken on data of {state['rows']} rows and these have {len(self.rows)}: resume with the same "
+                "data, or start afresh"
             )
         self.epoch, self._row = state["epoch"], state["row"]
         self._order = self._permutation(self.epoch)

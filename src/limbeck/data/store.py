@@ -109,7 +109,8 @@ def read_info(folder: Path, *, verify: bool = False) -> DataInfo:
     try:
         record = json.loads(path.read_text())
         if record.get("format") != FORMAT:
-            raise DataError(f"{folder}: prepared by another version (format {record.get('format')}, this one reads {FORMAT}): prepare again")
+            found = record.get("format")
+            raise DataError(f"{folder}: prepared by another version (format {found}, this one reads {FORMAT}): prepare again")
         info = DataInfo(
             **{
                 **record,

@@ -76,9 +76,15 @@ def ordinary_ids(tokenizer: Any) -> np.ndarray:
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of texts, nothing added.  The name of a special token inside a text is text, never the token."""
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, split_special_tokens=True, verbose=False
-    )["input_ids"]
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -311,18 +311,7 @@ class Checkpoints:
         path = self.folder / ("final" if is_final else f"step-{step:08d}")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         _compare_shapes(path, state["shapes"], tensors)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                dcp.load(
-                    tensors,
-                    storage_reader=HuggingFaceStorageReader(str(path / "tensors")),
-                    process_group=self.world.control,
-                    no_dist=self.world.size == 1,
-                )
-        except CheckpointException as error:  # no Exception: it would pass every handler above
-            reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-            raise CheckpointError(f"{path}: its tensors cannot be read: {reason}") from None
+        _read_tensors(path, tensors, self.world)
         return Loaded(path, step, state, load_file(path / "objectives.safetensors"))
 
     def load_rng(self, loaded: Loaded, seed: int) -> None:
@@ -338,6 +327,36 @@ class Checkpoints:
             seed_everything(derive_seed(seed, f"resumed at {loaded.step} on {self.world.size}", self.world.rank))
             before = loaded.state["world"]
             self.say(f"resumed on {self.world.size} ranks instead of {before}: random streams are new, sums round differently")
+
+
+def load_parameters(path: Path, module: nn.Module) -> None:
+    """Put a checkpoint's trained parameters and buffers into a module of the same structure (one process, no optimiser)."""
+    reason = damage(path) if path.is_dir() else "there is no such checkpoint"
+    if reason is not None:
+        there = ", ".join(sorted(p.name for p in path.parent.glob("[sf]*"))) or "none"
+        raise CheckpointError(f"{path}: {reason}; checkpoints here: {there}")
+    shapes = json.loads((path / "state.json").read_text(encoding="utf-8"))["shapes"]
+    held = {f"model/{name}": p.detach() for name, p in module.named_parameters()}
+    held |= {f"buffer/{name}": b for name, b in module.named_buffers()}
+    wanted = {name: shape for name, shape in shapes.items() if name.startswith(("model/", "buffer/"))}
+    tensors = {name: tensor for name, tensor in held.items() if name in wanted}
+    _compare_shapes(path, wanted, tensors)
+    _read_tensors(path, tensors, World(torch.device("cpu")))
+
+
+def _read_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(
+                tensors,
+                storage_reader=HuggingFaceStorageReader(str(path / "tensors")),
+                process_group=world.control,
+                no_dist=world.size == 1,
+            )
+    except CheckpointException as error:  # no Exception: it would pass every handler above
+        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        raise CheckpointError(f"{path}: its tensors cannot be read: {reason}") from None
 
 
 def _remove(path: Path) -> None:

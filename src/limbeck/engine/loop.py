@@ -26,7 +26,7 @@ from limbeck.engine.metrics import MetricsWriter
 from limbeck.engine.parallel import World, parallelize, release_teacher
 from limbeck.engine.precision import autocast, sharded_policy
 from limbeck.engine.recompute import outer_units, recompute
-from limbeck.engine.resources import memory_bytes
+from limbeck.engine.resources import memory_bytes, release_memory
 from limbeck.engine.signals import StopFlag
 from limbeck.engine.step import TrainStep
 from limbeck.engine.validation import validate
@@ -364,6 +364,8 @@ class Trainer:
         if not window.losses:
             return
         values, losses = window.fetch(self.world)
+        if self.world.device.type == "cpu":
+            release_memory()
         now = time.perf_counter()
         per_step = (now - self.began) / max(1, self.at.step - self.began_step)
         self.window = Window(started=now)

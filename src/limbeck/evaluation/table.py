@@ -84,7 +84,7 @@ def comparison_table(results: dict[str, Any]) -> Table:
 
 def recall_points(results: dict[str, Any]) -> list[tuple[str, int]]:
     """``(task, distance)`` of the probes, in the order in which they were asked."""
-    entries = next(iter(results.get("recall", {}).values()), [])
+    entries: list[dict[str, Any]] = next(iter(results.get("recall", {}).values()), [])
     return [(entry["task"], entry["distance"]) for entry in entries]
 
 

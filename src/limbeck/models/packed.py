@@ -22,7 +22,7 @@ FLAG = "_limbeck_packs"
 
 
 def forward_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Final hidden states ``[B, T, D]`` (after the final norm), every document as if it stood alone.
+    """Final hidden states ``[B, T, D]`` (after the final norm), every document as if it stood alone; padding's mean nothing.
 
     Mixers read ``documents_BT``; varlen kernels read ``cu_seq_lens_q/k``, ``max_length_q/k`` and ``seq_idx``.  The model is
     probed (:func:`leak_probe`) the first time, if it was not before.

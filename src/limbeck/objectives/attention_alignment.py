@@ -41,7 +41,7 @@ class AttentionAlignment:
             mask_BT = batch.token_mask_BT
 
             def visit(layer: int, inputs_BTD: Tensor, outputs_BTD: Tensor, kwargs: dict[str, Any], mask_BT: Tensor = mask_BT) -> None:
-                power = outputs_BTD[mask_BT].float().square().sum()
+                power = _wide(outputs_BTD[mask_BT]).square().sum()
                 totals[layer] = totals.get(layer, torch.zeros_like(power)) + power
 
             stream(batch, visit)
@@ -63,8 +63,8 @@ class AttentionAlignment:
         student_BTD = mixer(inputs_BTD, **kwargs)[0]
         mask_BT = batch.token_mask_BT
         # Padding is dropped by a product, not by indexing: the rows' shapes stay those of the batch.
-        error_BT = (student_BTD.float() - outputs_BTD.float()).square().sum(-1) * mask_BT
-        power = (outputs_BTD.float().square().sum(-1) * mask_BT).sum()
+        error_BT = (_wide(student_BTD) - _wide(outputs_BTD)).square().sum(-1) * mask_BT
+        power = (_wide(outputs_BTD).square().sum(-1) * mask_BT).sum()
         error = error_BT.sum()
         if self.loss == "relative_mse":
             total = error / self._power[layer].to(error.device)
@@ -79,3 +79,8 @@ class AttentionAlignment:
     def __call__(self, output: Output, signal: Signal, batch: Batch) -> LossTerm:
         """Alignment never sees a whole model's output; the streaming step calls :meth:`piece`."""
         raise TypeError("attention_alignment streams layer by layer: it runs in a streaming train step")
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32: bf16 activations are compared in fp32, fp64 ones as they are."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -8,11 +8,11 @@ k_i)`` solve a unit lower-triangular system (the UT transform of DeltaNet, arXiv
     o          = (scale e^G q) S + P v~            P_ij = scale (q_i . k_j) R_ij,  j <= i
     S'         = e^(G_C) S + (e^(G_C - G) k)^T v~
 
-Everything without ``S`` is batched over all chunks; only the two lines with ``S`` on the left run in a loop.  The backward
+Everything without ``S`` is batched over all chunks; only the first line and the last run in a loop.  The backward
 pass needs no more than the forward's tensors.  With ``x = (I + A)^-T dv~`` the gradients of the system collapse to ``d(beta
 v) = x``, ``d(beta e^G k) = -x S^T`` and ``dA = -x v~^T``, and every ``G_i`` receives ``q_i . dq_i + ... - k_i . dk_i``: no
-second pass over [C, C] matrices.  A token's own term (j = i, and the last token's write) does not depend on ``G``; it is kept out of these products, or under
-strong decay the gradient of ``g`` would be a small difference of large numbers.
+second pass over [C, C] matrices.  A token's own term (j = i, and the last token's write) does not depend on ``G``; it is
+kept out of these products, or under strong decay the gradient of ``g`` would be a small difference of large numbers.
 
 Two more things keep fp32 accurate.  ``G`` is summed in fp64 and split into a leading fp32 part and a remainder: differences
 of the leading parts are exact where they matter, and the remainders ride on q and k.  The inverse is built by doubling
@@ -138,7 +138,7 @@ def _decays(g: Tensor, beta: Tensor, gates: Gates, dtype: torch.dtype) -> _Decay
 
 
 def unit_lower_inverse(strict_NCC: Tensor) -> Tensor:
-    """``(I - Z)^-1`` for strictly lower ``Z`` (what stands on or above the diagonal is not read), C a power of two.
+    """``(I - Z)^-1 [N, C, C]`` for strictly lower ``Z`` (what stands on or above the diagonal is not read), C a power of two.
 
     Inverses ``a``, ``b`` of neighbouring diagonal blocks give that of the block of twice the size, ``[[a, 0], [b z a, b]]``:
     log2(C) rounds of two batched products.
@@ -187,12 +187,11 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             writes = (keys * decay.leave).view(chunks, num, size, key_width)
             values = torch.mul(v_, beta_[..., None], out=new(*v_.shape)).view(chunks, num, size, value_width)
 
-            scores = new(2, chunks * num, size, size)
             keys = keys.view(-1, size, key_width)
-            for part in range(2):
-                torch.bmm(rows[part].view(keys.shape), keys.mT, out=scores[part])
-            scores.mul_(decay.ratio.view(-1, size, size))
-            inverse = unit_lower_inverse(scores[1]).view(chunks, num, size, size)
+            ratio = decay.ratio.view(-1, size, size)
+            scores = torch.bmm(rows[0].view(keys.shape), keys.mT).mul_(ratio)
+            system = torch.bmm(rows[1].view(keys.shape), keys.mT).mul_(ratio)
+            inverse = unit_lower_inverse(system).view(chunks, num, size, size)
 
             states = new(chunks + 1, num, key_width, value_width)
             states[0] = state.flatten(0, 1)
@@ -202,12 +201,12 @@ class _ChunkedDeltaRule(torch.autograd.Function):
                 torch.mul(states[c], decay.survive[c], out=states[c + 1])
                 states[c + 1].baddbmm_(writes[c].mT, values[c])
 
-            o = torch.bmm(scores[0], values.flatten(0, 1))
+            o = torch.bmm(scores, values.flatten(0, 1))
             o.baddbmm_(reads[0].flatten(0, 1), states[:-1].flatten(0, 1))
             output = _to_tokens(o.view(chunks, batch, heads, size, value_width), num_tokens, v.dtype)
         ctx.gates = gates
         ctx.dtypes = [x.dtype for x in (q, k, v, g, beta)]
-        ctx.save_for_backward(v, beta, keys, rows, reads, writes, values, scores[0], inverse, states, *decay)
+        ctx.save_for_backward(v, beta, keys, rows, reads, writes, values, scores, inverse, states, *decay)
         return output, states[-1].view(state.shape).clone()
 
     @staticmethod

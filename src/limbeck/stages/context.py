@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from limbeck.config.base import From
 from limbeck.config.parts.stages import DataOptions, StageOptions, TrainTokenizer
 from limbeck.config.recipe import Recipe
@@ -30,6 +32,7 @@ class StageContext:
     recipe_dir: Path
     world: World
     say: Say = print
+    console: Console | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     """What the stage wants to have noted in its ``stage.json``."""
 

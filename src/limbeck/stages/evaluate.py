@@ -136,9 +136,9 @@ def _evaluation_data(folder: Path, run_stage: Path | None, data: str | None, say
     from limbeck.config.recipe import Recipe
 
     if run_stage is not None and data is None:
-        recipe, name, run_dir = open_stage(run_stage)
-        options: Any = recipe.stages[name]
-        return StageContext(recipe, name, options, run_stage, run_dir, Path.cwd(), ALONE, say), options.data
+        context = open_stage(run_stage)
+        context.say = say
+        return context, context.options.data
     source: Any = {"kind": "text", "path": data} if data else StdlibSourceOptions()
     chosen = DataOptions.model_validate({"source": source, "tokenizer": str(folder), "held_out": 0.1 if data is None else 0.99})
     recipe = Recipe.model_construct(name="evaluate", stages={})

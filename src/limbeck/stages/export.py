@@ -10,10 +10,10 @@ import torch
 
 from limbeck.config.parts.stages import ExportStageOptions
 from limbeck.engine.checkpoint import load_parameters
-from limbeck.engine.parallel import World
 from limbeck.errors import RunError
 from limbeck.models.loading import load_model, save_model
 from limbeck.stages.context import Say, StageContext
+from limbeck.stages.folder import read_json
 from limbeck.stages.run import open_stage
 from limbeck.stages.train import student_of, trained_model
 
@@ -49,12 +49,12 @@ def export_path(run_or_model: str, *, to: str = "hf", output: Path | None = None
     match = re.fullmatch(r"(.+)@(\d+)", run_or_model)
     path = Path(match[1] if match else run_or_model).resolve()
     if match:
-        out = output or path / "export" / f"step_{int(match[2]):08d}"
+        out = output or path / "export" / f"step-{int(match[2])}"
         return _export_checkpoint(path, int(match[2]), out, dtype, say)
     folder = path / "model" if (path / "model").is_dir() else path
     if not (folder / "config.json").exists():
-        steps = sorted(p.name for p in (path / "checkpoints").glob("step_*")) if path.is_dir() else []
-        hint = f"; it has checkpoints, so {run_or_model}@{int(steps[-1].split('_')[1])} exports the newest" if steps else ""
+        steps = sorted(int(p.name.removeprefix("step-")) for p in (path / "checkpoints").glob("step-*"))
+        hint = f"; it has checkpoints, so {run_or_model}@{steps[-1]} exports the newest" if steps else ""
         raise RunError(f"{run_or_model}: neither a model folder (no config.json) nor a finished train stage{hint}")
     return export_model(folder, output or path / "export" / to, dtype)
 
@@ -62,11 +62,19 @@ def export_path(run_or_model: str, *, to: str = "hf", output: Path | None = None
 def _export_checkpoint(stage_folder: Path, step: int, out: Path, dtype: str, say: Say) -> Path:
     if not (stage_folder / "stage.json").exists():
         raise RunError(f"{stage_folder}: not a train stage's folder; give RUN/STAGE@STEP")
-    recipe, name, run_dir = open_stage(stage_folder)
-    options: Any = recipe.stages[name]
-    context = StageContext(recipe, name, options, stage_folder, run_dir, Path.cwd(), World(torch.device("cpu")), say)
+    context = open_stage(stage_folder)
+    context.say = say
+    options: Any = context.options
     student = student_of(context, options.student, seed=options.seed, dtype=torch.float32)
-    load_parameters(stage_folder / "checkpoints" / f"step_{step:08d}", student)
+    load_parameters(_checkpoint(stage_folder / "checkpoints", step), student)
     folder, _ = context.data(options.data)
     save_model(student.model, out, tokenizer_source=str(folder / "tokenizer"), dtype=getattr(torch, dtype))
     return out
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    """The checkpoint of a step; the final one carries its step inside."""
+    final = folder / "final"
+    if (final / "state.json").exists() and read_json(final / "state.json")["step"] == step:
+        return final
+    return folder / f"step-{step:08d}"

@@ -13,16 +13,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 
 from limbeck import __version__
 from limbeck.config.base import From
 from limbeck.config.parts.stages import STAGES, DataOptions
+from limbeck.config.plugins import load_plugin
 from limbeck.config.recipe import Recipe, references, stage_order
 from limbeck.data.prepare import input_files
 from limbeck.engine.lock import RunLock
@@ -44,10 +47,12 @@ def run_recipe(
     stage: str | None = None,
     fresh: bool = False,
     say: Say = print,
+    console: Console | None = None,
 ) -> Path:
     """Do what is not done yet.  Returns the run directory.
 
     ``stage`` runs that stage alone (its inputs must be finished); ``fresh`` sets aside what is there and starts anew.
+    ``console`` shows training as it goes: a live line on a terminal, a plain line a logged step elsewhere.
     """
     run_dir = (run_dir or Path("runs") / recipe.name).resolve()
     order = stage_order(recipe)
@@ -59,14 +64,15 @@ def run_recipe(
     with RunLock(run_dir if world.rank == 0 else None):
         keys = {name: _key(recipe, name, recipe_dir) for name in order}
         chosen = [stage] if stage else order
-        if world.rank == 0:
-            _set_aside(recipe, run_dir, chosen, keys, fresh, voice)
-            _record_start(recipe, run_dir)
-        world.barrier()
+        run = _Run(recipe, run_dir, recipe_dir, world, voice, console if world.rank == 0 else None)
         if stage is not None:
             for _, needed in references(recipe.stages[stage]):
                 if not StageFolder(run_dir / needed).finished(keys[needed]):
                     raise RunError(f"--stage {stage}: it needs stage '{needed}', which is not finished with this recipe: run without --stage, or --stage {needed} first")
+        if world.rank == 0:
+            _set_aside(recipe, run_dir, chosen, keys, fresh, voice)
+            _record_start(recipe, run_dir, recipe_dir)
+        world.barrier()
         # Read by every rank before any of them starts to change it.
         done = {name for name in chosen if StageFolder(run_dir / name).finished(keys[name])}
         world.barrier()
@@ -75,7 +81,7 @@ def run_recipe(
                 voice(f"[{number}/{len(chosen)}] {name}: done before, skipped")
                 continue
             voice(f"[{number}/{len(chosen)}] {name} ({recipe.stages[name].kind})")
-            _run_stage(recipe, name, keys[name], run_dir, recipe_dir, world, voice)
+            _run_stage(name, keys[name], run)
             world.barrier()
     return run_dir
 
@@ -90,14 +96,15 @@ def prepare_recipe(recipe: Recipe, *, recipe_dir: Path, run_dir: Path | None = N
     run_dir.mkdir(parents=True, exist_ok=True)
     world = World(torch.device("cpu"))
     with RunLock(run_dir):
+        run = _Run(recipe, run_dir, recipe_dir, world, say, None)
         for name in stage_order(recipe):
             options = recipe.stages[name]
-            context = StageContext(recipe, name, options, run_dir / name, run_dir, recipe_dir, world, say)
+            context = run.context(name, options, run_dir / name)
             if options.kind == "prepare":
                 key = _key(recipe, name, recipe_dir)
                 if not StageFolder(run_dir / name).finished(key):
                     _set_aside(recipe, run_dir, [name], {name: key}, False, say)
-                    _run_stage(recipe, name, key, run_dir, recipe_dir, world, say)
+                    _run_stage(name, key, run)
             elif isinstance(getattr(options, "data", None), DataOptions):
                 tokenizer = options.data.tokenizer
                 if isinstance(tokenizer, From) and recipe.stages[tokenizer.from_].kind != "prepare":
@@ -108,15 +115,36 @@ def prepare_recipe(recipe: Recipe, *, recipe_dir: Path, run_dir: Path | None = N
     return run_dir
 
 
-def _run_stage(recipe: Recipe, name: str, key: str, run_dir: Path, recipe_dir: Path, world: World, say: Say) -> None:
-    folder, options = StageFolder(run_dir / name), recipe.stages[name]
+@dataclass(frozen=True)
+class _Run:
+    """What every stage of one start shares."""
+
+    recipe: Recipe
+    run_dir: Path
+    recipe_dir: Path
+    world: World
+    say: Say
+    console: Console | None
+
+    def context(self, name: str, options: Any, folder: Path, facts: dict[str, Any] | None = None) -> StageContext:
+        """What a stage, or a cell of its grid, gets to work with."""
+        return StageContext(
+            self.recipe, name, options, folder, self.run_dir, self.recipe_dir, self.world, self.say, self.console, facts or {}
+        )
+
+
+def _run_stage(name: str, key: str, run: _Run) -> None:
+    folder, options = StageFolder(run.run_dir / name), run.recipe.stages[name]
     if options.grid:
-        with _recorded(folder, key, options, world):
-            _run_grid(recipe, name, folder.path, run_dir, recipe_dir, world, say)
+        with _recorded(folder, key, options, run.world):
+            _run_grid(name, folder.path, run)
         return
-    with _recorded(folder, key, options, world) as facts:
-        context = StageContext(recipe, name, options, folder.path, run_dir, recipe_dir, world, say, facts)
-        STAGES.implementation(options.kind)(context).run()
+    _perform(name, options, folder, key, run)
+
+
+def _perform(name: str, options: Any, folder: StageFolder, key: str, run: _Run) -> None:
+    with _recorded(folder, key, options, run.world) as facts:
+        STAGES.implementation(options.kind)(run.context(name, options, folder.path, facts)).run()
 
 
 @contextmanager
@@ -167,29 +195,27 @@ def _assign(tree: Any, path: str, value: Any) -> None:
             tree = tree[step]
 
 
-def _run_grid(recipe: Recipe, name: str, folder: Path, run_dir: Path, recipe_dir: Path, world: World, say: Say) -> None:
+def _run_grid(name: str, folder: Path, run: _Run) -> None:
     rows = []
-    cells = list(grid_cells(recipe.stages[name]))
+    cells = list(grid_cells(run.recipe.stages[name]))
     keys = [digest(options.model_dump(mode="json", by_alias=True)) for _, _, options in cells]
     done = [StageFolder(folder / "grid" / label).finished(key) for (label, _, _), key in zip(cells, keys, strict=True)]
-    world.barrier()
+    run.world.barrier()
     for number, ((label, settings, options), key, finished) in enumerate(zip(cells, keys, done, strict=True), 1):
-        say(f"  cell {number}/{len(cells)}: {label}{' (done before, skipped)' if finished else ''}")
+        run.say(f"  cell {number}/{len(cells)}: {label}{' (done before, skipped)' if finished else ''}")
         cell = StageFolder(folder / "grid" / label)
         if not finished:
-            with _recorded(cell, key, options, world) as facts:
-                context = StageContext(recipe, name, options, cell.path, run_dir, recipe_dir, world, say, facts)
-                STAGES.implementation(options.kind)(context).run()
-            world.barrier()
+            _perform(name, options, cell, key, run)
+            run.world.barrier()
         record = cell.record or {}
         rows.append({**settings, **{k: v for k, v in record.get("result", {}).items() if isinstance(v, int | float | str)}})
-    if world.rank == 0:
+    if run.world.rank == 0:
         write_json(folder / "grid.json", rows)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     table = [columns, *[[_cell(row.get(column)) for column in columns] for row in rows]]
     widths = [max(len(str(line[i])) for line in table) for i in range(len(columns))]
     for line in table:
-        say("  " + "  ".join(str(item).rjust(width) for item, width in zip(line, widths, strict=True)))
+        run.say("  " + "  ".join(str(item).rjust(width) for item, width in zip(line, widths, strict=True)))
 
 
 def _cell(value: Any) -> str:
@@ -237,7 +263,7 @@ def _set_aside(recipe: Recipe, run_dir: Path, chosen: list[str], keys: dict[str,
             say(f"{name}: stale ({reason or 'a stage or file it reads has changed'}); what was there is kept as {folder.set_aside().name}/")
 
 
-def _record_start(recipe: Recipe, run_dir: Path) -> None:
+def _record_start(recipe: Recipe, run_dir: Path, recipe_dir: Path) -> None:
     write_json(run_dir / "recipe.json", recipe.model_dump(mode="json", by_alias=True))
     versions = {"limbeck": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy"):
@@ -247,14 +273,21 @@ def _record_start(recipe: Recipe, run_dir: Path) -> None:
             versions[package] = "not installed"
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     command = " ".join(["limbeck", *sys.argv[1:]])
-    write_json(run_dir / "environment.json", {"versions": versions, "machine": platform.platform(), "command": command, "started": started})
+    facts = {"versions": versions, "machine": platform.platform(), "command": command, "started": started}
+    write_json(run_dir / "environment.json", {**facts, "recipe_dir": str(recipe_dir.resolve())})
 
 
-def open_stage(path: Path) -> tuple[Recipe, str, Path]:
-    """``(recipe, stage, run_dir)`` of a stage's folder in a run; for verbs that take a finished run."""
+def open_stage(path: Path) -> StageContext:
+    """A train stage of a run that was made before, for the verbs that take one."""
     run_dir = path.parent
     try:
-        recipe = Recipe.model_validate(read_json(run_dir / "recipe.json"))
-    except (ValidationError, LimbeckError) as error:
+        recipe_dir = Path(read_json(run_dir / "environment.json")["recipe_dir"])
+        tree = read_json(run_dir / "recipe.json")
+        for plugin in tree.get("plugins", ()):
+            load_plugin(plugin, recipe_dir)
+        recipe = Recipe.model_validate(tree)
+    except (ValidationError, LimbeckError, KeyError) as error:
         raise RunError(f"{run_dir}: not a run directory that this version can read ({error})") from error
-    return recipe, path.name, run_dir
+    if path.name not in recipe.stages:
+        raise RunError(f"{path}: the recipe of this run has no stage {path.name!r}; stages: {', '.join(recipe.stages)}")
+    return StageContext(recipe, path.name, recipe.stages[path.name], path, run_dir, recipe_dir, World(torch.device("cpu")))

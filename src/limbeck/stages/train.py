@@ -77,6 +77,7 @@ class TrainStage:
             seed=options.seed,
             world=context.world,
             validation_rows=held_out,
+            console=context.console,
             title=context.name,
             identity={"data": folder.name, "teacher": digest(teacher.fingerprint()) if teacher else "none"},
         )

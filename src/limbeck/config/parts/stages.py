@@ -248,9 +248,8 @@ class RecallOptions(Options):
     rows: int = Field(16, ge=1)
     """Rows a probe and distance."""
     vocabulary: int | None = Field(None, ge=32)
-    """How many ids are used, the tokenizer's first ordinary ones: as in the recall source that the teacher was trained on."""
-    vocabulary: int | None = Field(None, ge=32)
-    """How many ids are used, the tokenizer's first ordinary ones; all of them by default."""
+    """How many ids are used, the tokenizer's first ordinary ones, all by default: as in the recall source that the
+    teacher was trained on."""
 
 
 class SpeedOptions(Options):

@@ -24,6 +24,7 @@ from limbeck.students.mixers.base import GroupedHeads, Mixer, Report, compute_dt
 
 MIN_BLOCK = 128
 """Queries a block, at least: below this the matrix products are too small to pay for the loop."""
+POSITION_BYTES = 4
 
 
 class _Keys(NamedTuple):
@@ -80,8 +81,9 @@ class SlidingWindow(Mixer):
         return MixerState()
 
     def state_bytes(self, context: int, dtype_bytes: int = 2) -> int:
-        """Keys and values, up to window and sinks."""
-        return 2 * self.facts.num_kv_heads * self.facts.head_dim * min(context, self.capacity) * dtype_bytes
+        """Keys, values and positions, up to window and sinks."""
+        token = 2 * self.facts.num_kv_heads * self.facts.head_dim * dtype_bytes + POSITION_BYTES
+        return min(context, self.capacity) * token
 
     def num_flops_per_token(self, context: int) -> int:
         """Projections, and scores and sums over what is visible."""
@@ -178,7 +180,7 @@ class SlidingWindow(Mixer):
             index = rank.argsort(stable=True)[:, position.shape[1] - self.capacity :].sort(-1).values
             wide = index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1])
             k, v, position = k.gather(2, wide), v.gather(2, wide), position.gather(1, index)
-        held.write(new.k.shape[2], keys=k, values=v, positions=position)
+        held.write(new.k.shape[2], keys=k, values=v, positions=position.to(torch.int32))
 
 
 def _places(q_BTHK: Tensor, past: _Keys | None, documents_BT: Tensor | None, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
