@@ -38,7 +38,9 @@ def main() -> int:
     stage = run / "pretrain"
     export_model(stage / "model", FOLDER, "bfloat16")
     recipe = json.loads((run / "recipe.json").read_text())
-    (FOLDER / "recipe.json").write_text(json.dumps({"name": recipe["name"], "stages": {"pretrain": recipe["stages"]["pretrain"]}}, indent=1))
+    (FOLDER / "recipe.json").write_text(
+        json.dumps({"name": recipe["name"], "stages": {"pretrain": recipe["stages"]["pretrain"]}}, indent=1)
+    )
     shutil.copyfile(stage / "metrics.jsonl", FOLDER / "metrics.jsonl")
     curve = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in row.items() if k in ("step", "tokens", "loss", "validation/loss", "lr/0")} for row in curve]
@@ -47,7 +49,9 @@ def main() -> int:
     torch.manual_seed(0)
     model, tokenizer = load_model(str(FOLDER)), load_tokenizer(str(FOLDER))
     ids = ordinary_ids(tokenizer)
-    found = recall(model, RecallOptions(tasks=("repeat", "key_value"), distances=(32, 64, 128, 256), rows=16, vocabulary=512), ids)
+    found = recall(
+        model, RecallOptions(tasks=("repeat", "key_value"), distances=(32, 64, 128, 256), rows=16, vocabulary=512), ids
+    )
     heads = retrieval_heads(model, ids[:512], distance=128)
     layers = sorted({layer for layer, _, _ in heads})
     training = next(row for row in reversed(curve) if "tokens" in row)

@@ -92,8 +92,14 @@ def test_a_changed_stage_and_its_followers_are_stale_and_set_aside(finished: tup
     assert any(line.startswith("evaluate: stale") and "rows: 4 -> 2" in line for line in said)
     assert (run_dir / "evaluate.stale-1" / "evaluation").is_dir()
     assert sum("skipped" in line for line in said) == 4
-    with pytest.raises(RunError, match="align.*not finished"):
-        run_recipe(load_recipe(home / "tiny.yaml", ["align.loop.steps=5"]), recipe_dir=home, run_dir=run_dir, stage="distil", say=said.append)
+    with pytest.raises(RunError, match=r"align.*not finished"):
+        run_recipe(
+            load_recipe(home / "tiny.yaml", ["align.loop.steps=5"]),
+            recipe_dir=home,
+            run_dir=run_dir,
+            stage="distil",
+            say=said.append,
+        )
 
 
 def test_a_hybrid_generates_from_the_command_lines_function(finished: tuple[Path, Path, list[str]]) -> None:
@@ -122,7 +128,9 @@ def test_evaluate_and_export_take_a_model_folder_and_a_checkpoint(finished: tupl
 
 def test_a_grid_runs_its_product_and_tabulates(finished: tuple[Path, Path, list[str]]) -> None:
     home, run_dir, _ = finished
-    recipe = load_recipe(home / "tiny.yaml", ['pretrain.grid={"optim.groups.0.lr": [1e-3, 3e-3], "seed": [1, 2]}', "pretrain.loop.steps=2"])
+    recipe = load_recipe(
+        home / "tiny.yaml", ['pretrain.grid={"optim.groups.0.lr": [1e-3, 3e-3], "seed": [1, 2]}', "pretrain.loop.steps=2"]
+    )
     single = recipe.model_copy(update={"stages": {"pretrain": recipe.stages["pretrain"]}})
     out = run_recipe(single, recipe_dir=home, run_dir=home / "grid", say=lambda text: None)
     rows = json.loads((out / "pretrain" / "grid.json").read_text())

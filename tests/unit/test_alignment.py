@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import packed_batch, tiny_model
 from torch import Tensor, nn
 
+from families import packed_batch, tiny_model
 from limbeck.config.parts.objectives import AttentionAlignmentOptions
 from limbeck.config.parts.teachers import LocalTeacherOptions, SelfTeacherOptions
 from limbeck.errors import ModelError
@@ -37,7 +37,9 @@ def rows(lengths: tuple[int, ...], total: int) -> Batch:
     documents = torch.full((len(lengths), total), -1)
     for row, length in enumerate(lengths):
         documents[row, :length] = 0
-    return Batch(torch.zeros_like(documents), torch.full_like(documents, -100), torch.arange(total).expand_as(documents), documents)
+    return Batch(
+        torch.zeros_like(documents), torch.full_like(documents, -100), torch.arange(total).expand_as(documents), documents
+    )
 
 
 def aligned(loss: str) -> AttentionAlignment:

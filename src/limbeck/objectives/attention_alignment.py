@@ -40,7 +40,9 @@ class AttentionAlignment:
         for batch in batches:
             mask_BT = batch.token_mask_BT
 
-            def visit(layer: int, inputs_BTD: Tensor, outputs_BTD: Tensor, kwargs: dict[str, Any], mask_BT: Tensor = mask_BT) -> None:
+            def visit(
+                layer: int, inputs_BTD: Tensor, outputs_BTD: Tensor, kwargs: dict[str, Any], mask_BT: Tensor = mask_BT
+            ) -> None:
                 power = _wide(outputs_BTD[mask_BT]).square().sum()
                 totals[layer] = totals.get(layer, torch.zeros_like(power)) + power
 

@@ -44,7 +44,9 @@ class StageContext:
         """The artefact directory of a finished stage (``model``, ``data`` ...)."""
         path = StageFolder(self.run_dir / stage).path / kind
         if not path.is_dir():
-            raise RunError(f"stage '{self.name}' needs {kind}/ of stage '{stage}', and {path} is not there: run stage '{stage}' first")
+            raise RunError(
+                f"stage '{self.name}' needs {kind}/ of stage '{stage}', and {path} is not there: run stage '{stage}' first"
+            )
         return path
 
     def locate(self, source: str | From) -> str:
@@ -65,7 +67,9 @@ class StageContext:
                 return self.artefact(data.from_, "data"), stage.data
             if stage.kind == "train":
                 return self.data(stage.data)
-            raise DataError(f"stage '{self.name}': data.from names stage '{data.from_}' of kind '{stage.kind}', which has no data; name a prepare or train stage")
+            raise DataError(
+                f"stage '{self.name}': data.from names stage '{data.from_}' of kind '{stage.kind}', which has no data; name a prepare or train stage"
+            )
         tokenizer = None if isinstance(data.tokenizer, TrainTokenizer) else self.locate(data.tokenizer)
         folder = self.run_dir / "data" / content_key(data, tokenizer=tokenizer, base_dir=self.recipe_dir)
         self.once(lambda: prepare(data, folder, tokenizer=tokenizer, base_dir=self.recipe_dir, progress=self.say))

@@ -46,7 +46,9 @@ class EvaluateStage:
         folder = trained_model(context, options.from_)
         trained: Any = context.stage_options(options.from_)
         if not data.held_out:
-            raise RunError(f"stage '{context.name}': the data hold no documents out (held_out: 0), so there is nothing to evaluate on; set data.held_out")
+            raise RunError(
+                f"stage '{context.name}': the data hold no documents out (held_out: 0), so there is nothing to evaluate on; set data.held_out"
+            )
         models: dict[str, Any] = {}
         teacher: str | None = None
         for name in options.against:
@@ -70,7 +72,9 @@ def _origin(folder: Path) -> dict[str, Any]:
     """What a saved student remembers of its making: ``surgery`` and ``base``."""
     record = read_json(folder / "config.json").get("limbeck")
     if not record:
-        raise RunError(f"{folder}: not made by a surgery, so it has no base to stand beside: leave `teacher` and `copy_init` out of `against`")
+        raise RunError(
+            f"{folder}: not made by a surgery, so it has no base to stand beside: leave `teacher` and `copy_init` out of `against`"
+        )
     return record
 
 

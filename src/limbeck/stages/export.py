@@ -12,6 +12,8 @@ from limbeck.config.parts.stages import ExportStageOptions
 from limbeck.engine.checkpoint import load_parameters
 from limbeck.errors import RunError
 from limbeck.models.loading import load_model, save_model
+from limbeck.report.card import model_card
+from limbeck.report.run import read_run
 from limbeck.stages.context import Say, StageContext
 from limbeck.stages.folder import read_json
 from limbeck.stages.run import open_stage
@@ -30,17 +32,21 @@ class ExportStage:
         folder = trained_model(self.context, self.options.from_)
         for form in self.options.to:
             out = self.context.folder / "export" / form
-            self.context.once(lambda out=out: export_model(folder, out, self.options.dtype))
+            self.context.once(lambda out=out: export_model(folder, out, self.options.dtype, self.context.run_dir))
             self.context.say(f"  {out}")
 
 
-def export_model(folder: Path, out: Path, dtype: str) -> Path:
-    """A Hugging Face folder in the wanted dtype, with tokenizer, chat template and generation settings."""
+def export_model(folder: Path, out: Path, dtype: str, run_dir: Path | None = None) -> Path:
+    """A Hugging Face folder in the wanted dtype, with tokenizer, chat template, generation settings and, from a run, a model card."""
     save_model(load_model(str(folder)), out, tokenizer_source=str(folder), dtype=getattr(torch, dtype))
+    if run_dir is not None:
+        (out / "README.md").write_text(model_card(read_run(run_dir)), encoding="utf-8")
     return out
 
 
-def export_path(run_or_model: str, *, to: str = "hf", output: Path | None = None, dtype: str = "bfloat16", say: Say = print) -> Path:
+def export_path(
+    run_or_model: str, *, to: str = "hf", output: Path | None = None, dtype: str = "bfloat16", say: Say = print
+) -> Path:
     """Export ``RUN/STAGE``, ``RUN/STAGE@STEP`` (a checkpoint) or a model folder."""
     if to != "hf":
         raise RunError(f"--to {to}: not a format; allowed: hf")
@@ -56,7 +62,8 @@ def export_path(run_or_model: str, *, to: str = "hf", output: Path | None = None
         steps = sorted(int(p.name.removeprefix("step-")) for p in (path / "checkpoints").glob("step-*"))
         hint = f"; it has checkpoints, so {run_or_model}@{steps[-1]} exports the newest" if steps else ""
         raise RunError(f"{run_or_model}: neither a model folder (no config.json) nor a finished train stage{hint}")
-    return export_model(folder, output or path / "export" / to, dtype)
+    in_run = folder != path and (path.parent / "recipe.json").exists()
+    return export_model(folder, output or path / "export" / to, dtype, path.parent if in_run else None)
 
 
 def _export_checkpoint(stage_folder: Path, step: int, out: Path, dtype: str, say: Say) -> Path:

@@ -1,13 +1,13 @@
 """The layout of a run directory, and what is known about each stage in it.
 
-    runs/<recipe>/
-      recipe.json                  the resolved recipe of the last start
-      environment.json             versions, machine, command
-      data/<key>/                  prepared text, shared by the stages that use it
-      <stage>/stage.json           kind, key, status, options, seconds
-      <stage>/{model,data,evaluation,export}/   its one artefact
-      <stage>/metrics.jsonl, checkpoints/       of a train stage
-      <stage>.stale-1/             what an earlier recipe made, set aside
+runs/<recipe>/
+  recipe.json                  the resolved recipe of the last start
+  environment.json             versions, machine, command
+  data/<key>/                  prepared text, shared by the stages that use it
+  <stage>/stage.json           kind, key, status, options, seconds
+  <stage>/{model,data,evaluation,export}/   its one artefact
+  <stage>/metrics.jsonl, checkpoints/       of a train stage
+  <stage>.stale-1/             what an earlier recipe made, set aside
 """
 
 from __future__ import annotations

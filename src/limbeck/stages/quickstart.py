@@ -16,7 +16,9 @@ from limbeck.stages.folder import read_json
 from limbeck.stages.run import run_recipe
 
 
-def quickstart(*, directory: Path, train_teacher: bool = False, quick: bool = False, say: Say = print, console: Console | None = None) -> Path:
+def quickstart(
+    *, directory: Path, train_teacher: bool = False, quick: bool = False, say: Say = print, console: Console | None = None
+) -> Path:
     """Align, distil, evaluate and report.  Returns the run directory.
 
     ``train_teacher`` first makes the teacher anew with the `pretrain` recipe (an hour or two); ``quick`` is a seconds-long form
@@ -26,7 +28,9 @@ def quickstart(*, directory: Path, train_teacher: bool = False, quick: bool = Fa
     overrides = []
     if train_teacher:
         short = ["pretrain.loop.tokens=64k", "evaluate.rows=4"] if quick else []
-        taught = run_recipe(load_recipe("pretrain", short), recipe_dir=Path.cwd(), run_dir=directory / "pretrain", say=say, console=console)
+        taught = run_recipe(
+            load_recipe("pretrain", short), recipe_dir=Path.cwd(), run_dir=directory / "pretrain", say=say, console=console
+        )
         # Quoted: an override's value is read as YAML.
         model = json.dumps(str(taught / "pretrain" / "model"))
         overrides += [
@@ -41,7 +45,9 @@ def quickstart(*, directory: Path, train_teacher: bool = False, quick: bool = Fa
             "evaluate.samples.tokens=8",
         ]  # fmt: skip
     say("Limbeck quickstart: a softmax model becomes a hybrid that keeps a quarter of its attention layers")
-    run_dir = run_recipe(load_recipe("quickstart", overrides), recipe_dir=Path.cwd(), run_dir=directory / "hybrid", say=say, console=console)
+    run_dir = run_recipe(
+        load_recipe("quickstart", overrides), recipe_dir=Path.cwd(), run_dir=directory / "hybrid", say=say, console=console
+    )
     results = read_json(run_dir / "evaluate" / "evaluation" / "evaluation.json")
     report = write_report(run_dir)
     say("")

@@ -68,7 +68,9 @@ def run_recipe(
         if stage is not None:
             for _, needed in references(recipe.stages[stage]):
                 if not StageFolder(run_dir / needed).finished(keys[needed]):
-                    raise RunError(f"--stage {stage}: it needs stage '{needed}', which is not finished with this recipe: run without --stage, or --stage {needed} first")
+                    raise RunError(
+                        f"--stage {stage}: it needs stage '{needed}', which is not finished with this recipe: run without --stage, or --stage {needed} first"
+                    )
         if world.rank == 0:
             _set_aside(recipe, run_dir, chosen, keys, fresh, voice)
             _record_start(recipe, run_dir, recipe_dir)
@@ -178,7 +180,11 @@ def grid_cells(options: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
         except ValidationError as error:
             first = error.errors()[0]
             raise RecipeError([f"grid {settings}: {'.'.join(map(str, first['loc']))}: {first['msg']}"]) from error
-        yield ",".join(f"{path.rsplit('.', 1)[-1]}={value}" for path, value in settings.items()).replace("/", "_"), settings, validated
+        yield (
+            ",".join(f"{path.rsplit('.', 1)[-1]}={value}" for path, value in settings.items()).replace("/", "_"),
+            settings,
+            validated,
+        )
 
 
 def _assign(tree: Any, path: str, value: Any) -> None:
@@ -260,7 +266,9 @@ def _set_aside(recipe: Recipe, run_dir: Path, chosen: list[str], keys: dict[str,
         elif record["key"] != keys[name]:
             changes = changed_fields(record["options"], recipe.stages[name].model_dump(mode="json", by_alias=True))
             reason = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
-            say(f"{name}: stale ({reason or 'a stage or file it reads has changed'}); what was there is kept as {folder.set_aside().name}/")
+            say(
+                f"{name}: stale ({reason or 'a stage or file it reads has changed'}); what was there is kept as {folder.set_aside().name}/"
+            )
 
 
 def _record_start(recipe: Recipe, run_dir: Path, recipe_dir: Path) -> None:

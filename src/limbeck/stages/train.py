@@ -55,7 +55,10 @@ class TrainStage:
         if AttentionStream in needs:
             stray = [name for name in trained if student.roles.get(name) != "mixers"]
             if stray:
-                raise RunError(f"stage '{context.name}': alignment trains the mixers alone, and student.train also names {stray[0]}: set `train: [mixers]`")
+                raise RunError(
+                    f"stage '{context.name}': alignment trains the mixers alone, and student.train also names {stray[0]}: "
+                    "set `train: [mixers]`"
+                )
             step: TrainStep = StreamingTrainStep(student, objectives[0], teacher)
         else:
             step = TrainStep(student, objectives, teacher, needs)
@@ -65,7 +68,8 @@ class TrainStage:
         loader = Loader(rows, rows_per_step, seed=options.seed, rank=context.world.rank, world=context.world.size)
         context.say(
             f"  {sum(p.numel() for p in student.parameters()) / 1e6:.2f}M parameters, "
-            f"{sum(p.numel() for _, group in groups for _, p in group) / 1e6:.2f}M train; {rows.num_tokens / 1e6:.2f}M tokens, {rows_per_step} rows of {data.sequence} a step"
+            f"{sum(p.numel() for _, group in groups for _, p in group) / 1e6:.2f}M train; "
+            f"{rows.num_tokens / 1e6:.2f}M tokens, {rows_per_step} rows of {data.sequence} a step"
         )
         trainer = Trainer(
             step,
@@ -94,7 +98,10 @@ class TrainStage:
             return None
         if options.kind == "self":
             if student.base_source is None:
-                raise RunError(f"stage '{self.context.name}': teacher 'self' is the base of a student made by surgery, and this student has none: give `student.base` and `student.surgery`")
+                raise RunError(
+                    f"stage '{self.context.name}': teacher 'self' is the base of a student made by surgery, and this student has none: "
+                    "give `student.base` and `student.surgery`"
+                )
             source = student.base_source
         else:
             source = self.context.locate(options.model) if hasattr(options, "model") else None
@@ -105,7 +112,9 @@ class TrainStage:
     def _check_teacher_vocabulary(self, source: str, tokenizer_source: str) -> None:
         from limbeck.models.vocabulary import compare_vocabularies
 
-        compare_vocabularies(load_tokenizer(tokenizer_source), load_tokenizer(source), names=("the data", f"the teacher {source}"))
+        compare_vocabularies(
+            load_tokenizer(tokenizer_source), load_tokenizer(source), names=("the data", f"the teacher {source}")
+        )
 
 
 def student_of(context: StageContext, options: StudentOptions, *, seed: int, dtype: torch.dtype) -> Student:
