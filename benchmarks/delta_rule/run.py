@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         rows = [measure(shape, 3 if options.quick else 21) for shape in (QUICK if options.quick else SHAPES)]
         criteria = []
         for row in rows:
-            line = "{setting}: transformers {transformers} ms, limbeck {limbeck} ms, ratio {value}, of the fastest {ratio_of_fastest}"
+            line = "{setting}: transformers {transformers} ms, limbeck {limbeck} ms, {value}x; fastest runs {ratio_of_fastest}x"
             print(line.format(**row))
             # The smaller of two: medians suffer from other work on the machine, and not always evenly.
             ratio = min(row["value"], row["ratio_of_fastest"])

@@ -1,7 +1,6 @@
 """What the training loop costs: Limbeck's Trainer against a bare PyTorch loop, step by step in turns.
 
-    python benchmarks/loop_overhead/run.py            # three seeds, two sizes
-    python benchmarks/loop_overhead/run.py --quick    # under a minute, writes nothing
+python -m benchmarks.loop_overhead.run [--quick] [--out FOLDER]
 
 Both train the same model from the same seed on the same rows with the same fused loss, AdamW and clipping.  The bare loop's step
 runs between two steps of the Trainer, while the Trainer's clock stands still: whatever else the machine does hits both.
@@ -21,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it also runs as a file
 
-from benchmarks.evidence import write_results
+from benchmarks.evidence import criterion, write_results
 
 from limbeck.config.parts.objectives import CrossEntropyOptions
 from limbeck.config.parts.stages import GroupOptions, LoopOptions, OptimOptions
@@ -41,11 +40,12 @@ from limbeck.types import IGNORE, Batch
 
 VOCABULARY = 4096
 BOUND = 0.95
+LOSS_GAP = 0.02
+"""bfloat16 rounds the two ways of dividing by the count differently, and training spreads it."""
 LEARNING_RATE = 1e-3
 SIZES: dict[str, dict[str, int]] = {
-    # width, layers, tokens a row, rows a step
-    "0.4M, 512 tokens a step": {"width": 64, "layers": 2, "sequence": 128, "rows": 4},
-    "2M, 4096 tokens a step": {"width": 160, "layers": 8, "sequence": 512, "rows": 8},
+    "0.4M parameters, 512 tokens a step": {"width": 64, "layers": 2, "sequence": 128, "rows": 4, "steps": 403},
+    "2M parameters, 4096 tokens a step": {"width": 160, "layers": 8, "sequence": 512, "rows": 8, "steps": 103},
 }
 
 
@@ -159,14 +159,15 @@ def measure(size: dict[str, int], steps: int, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print and write ``results.json``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="one size, one seed, few steps, nothing written")
+    parser = argparse.ArgumentParser(description="The Trainer against a bare PyTorch loop.")
+    parser.add_argument("--quick", action="store_true", help="the small size, one seed, few steps")
+    parser.add_argument("--out", type=Path, help="folder of results.json; by default this one, and none for --quick")
     arguments = parser.parse_args()
     seeds = [0] if arguments.quick else [0, 1, 2]
     sizes = dict(list(SIZES.items())[:1]) if arguments.quick else SIZES
     rows, criteria = [], []
     for name, size in sizes.items():
-        steps = 40 if arguments.quick else 8 * 10**5 // (size["width"] * size["layers"] * size["rows"]) + 60
+        steps = 33 if arguments.quick else size["steps"]
         found = [measure(size, steps, seed) for seed in seeds]
         for seed, values in zip(seeds, found, strict=True):
             facts = {"setting": name, "seed": seed, "steps": steps}
@@ -175,21 +176,23 @@ def main() -> None:
         ratio = statistics.mean(values["ratio"] for values in found)
         gap = max(values["loss_difference"] for values in found)
         criteria += [
-            {"name": f"rate over a bare loop's, {name}", "bound": f">= {BOUND}", "measured": ratio, "holds": ratio >= BOUND},
-            {"name": f"largest difference of the losses, {name}", "bound": "<= 0.02", "measured": gap, "holds": gap <= 0.02},
+            criterion(f"rate over a bare loop's, {name}", f">= {BOUND}", ratio, ratio >= BOUND),
+            criterion(f"largest difference of the losses, {name}", f"<= {LOSS_GAP}", gap, gap <= LOSS_GAP),
         ]
-    for criterion in criteria:
-        verdict = "holds" if criterion["holds"] else "FAILS"
-        print(f"{verdict}: {criterion['name']}: {criterion['measured']:.4g} {criterion['bound']}")
-    if not arguments.quick:
-        write_results(
-            Path(__file__).parent,
-            claim="the training loop costs at most 5% of a bare PyTorch loop's rate",
-            command="python benchmarks/loop_overhead/run.py",
-            seeds=seeds,
-            rows=rows,
-            criteria=criteria,
-        )
+    for found_criterion in criteria:
+        verdict = "holds" if found_criterion["holds"] else "FAILS"
+        print(f"{verdict}: {found_criterion['name']}: {found_criterion['measured']:.4g} {found_criterion['bound']}")
+    out = arguments.out or (None if arguments.quick else Path(__file__).parent)
+    if out is None:
+        return
+    write_results(
+        out,
+        claim="the training loop keeps at least 95% of a bare PyTorch loop's rate",
+        command="python -m benchmarks.loop_overhead.run" + (" --quick" if arguments.quick else ""),
+        seeds=seeds,
+        rows=rows,
+        criteria=criteria,
+    )
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from limbeck.config.load import load_recipe  # noqa: E402
 from limbeck.config.recipe import Recipe  # noqa: E402
 from limbeck.stages.run import run_recipe  # noqa: E402
 
-LEARNING_RATES = (7e-4, 2e-3, 6e-3)
-"""Of the mixers in the no-align control; the rest trains at a quarter of it, as in the other arms."""
+LEARNING_RATES = (1e-3, 3e-3, 8e-3)
+"""Of the mixers in the no-align control; the rest trains at a fifth of it, as in the other arms."""
 QUICK = [
     "align.loop.tokens=8k", "linear.loop.tokens=8k", "kept.loop.tokens=8k", "no_align.loop.tokens=16k", "align_rows.loop.tokens=8k",
     "rows.loop.tokens=8k", "evaluate_linear.rows=4", "evaluate_kept.rows=4", "evaluate_linear.recall.rows=2", "evaluate_kept.recall.rows=2",
@@ -44,7 +44,7 @@ def tune_no_align(seed: int, more: list[str], out: Path) -> tuple[float, list[di
     rows = []
     for lr in LEARNING_RATES:
         stage = {**tree["stages"]["no_align"], "data": tree["stages"]["align"]["data"]}
-        stage["optim"] = {**stage["optim"], "groups": [{"role": "mixers", "lr": lr}, {"role": "rest", "lr": lr / 4}]}
+        stage["optim"] = {**stage["optim"], "groups": [{"role": "mixers", "lr": lr}, {"role": "rest", "lr": lr / 5}]}
         evaluate = {**tree["stages"]["evaluate_kept"], "from": "no_align", "against": ["teacher"], "recall": None}
         recipe = Recipe.model_validate({"name": "tune", "stages": {"no_align": stage, "evaluate": evaluate}})
         run = run_recipe(recipe, recipe_dir=HERE, run_dir=out / f"no_align-lr-{lr:g}")
@@ -103,7 +103,7 @@ def main() -> None:
     out = options.out / "quick" if options.quick else options.out
 
     lr, rows = tune_no_align(seeds[0], more, out)
-    more = [*more, f"no_align.optim.groups.0.lr={lr}", f"no_align.optim.groups.1.lr={lr / 4}"]
+    more = [*more, f"no_align.optim.groups.0.lr={lr}", f"no_align.optim.groups.1.lr={lr / 5}"]
     recovered: dict[str, list[float]] = {"linear": [], "kept": [], "no_align": [], "rows": []}
     gaps: dict[str, list[float]] = {name: [] for name in recovered}
     worst_residual = []

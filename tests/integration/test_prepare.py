@@ -13,6 +13,7 @@ from limbeck.config.parts.stages import DataOptions
 from limbeck.data import preparation
 from limbeck.data.dataset import TokenRows, check_disjoint
 from limbeck.data.prepare import content_key, input_files, prepare
+from limbeck.data.recall import RecallSource
 from limbeck.errors import DataError
 from limbeck.models.loading import load_tokenizer
 from limbeck.types import IGNORE
@@ -147,6 +148,19 @@ def test_recall_documents_lie_whole_in_one_row(mixed):
                 assert counted.tolist() == [False] * half + [True] * (half - 1) + [False] * (len(piece) - 2 * half + 1)
             crossing += not counted.any() and len(piece) > 16
     assert repeats > 5 and crossing <= 1
+
+
+def test_made_up_documents_that_come_out_alike_are_used_once(corpus, prepared, tmp_path, monkeypatch):
+    document = RecallSource.document
+    every_third = {"stream": 0}
+    monkeypatch.setattr(RecallSource, "document", lambda self, index, **given: document(self, index // 3, **given | every_third))
+    given = {"tokenizer": str(prepared / "tokenizer"), "base_dir": corpus}
+    prepare(options(source=RECALL), tmp_path / "d", **given)
+    hashes = np.concatenate([np.load(tmp_path / "d" / split / "hashes.npy") for split in ("train", "held_out")])
+    assert len(set(hashes.tolist())) == len(hashes)
+    monkeypatch.setattr(RecallSource, "document", lambda self, index, **given: document(self, index % 3, **given))
+    with pytest.raises(DataError, match="recall: cannot make enough different documents"):
+        prepare(options(source=RECALL), tmp_path / "e", **given)
 
 
 def test_no_made_up_document_is_on_both_sides(mixed):

@@ -127,7 +127,7 @@ def test_evaluate_and_export_take_a_model_folder_and_a_checkpoint(finished: tupl
 
 
 def test_a_grid_runs_its_product_and_tabulates(finished: tuple[Path, Path, list[str]]) -> None:
-    home, run_dir, _ = finished
+    home, _, _ = finished
     recipe = load_recipe(
         home / "tiny.yaml", ['pretrain.grid={"optim.groups.0.lr": [1e-3, 3e-3], "seed": [1, 2]}', "pretrain.loop.steps=2"]
     )

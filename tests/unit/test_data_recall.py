@@ -56,6 +56,15 @@ def test_a_needle_hides_in_real_text():
     assert answers_BT.sum(axis=1).tolist() == [4, 4]
 
 
+@pytest.mark.parametrize("num_ids", [600, 40])
+def test_a_needle_is_unique_in_text_of_the_same_ids(num_ids):
+    text = np.random.default_rng(0).choice(IDS[:num_ids], 5000)
+    rows_BT, answers_BT = probe("needle", 100, 8, ids=IDS[:num_ids], seed=0, filler_ids=text)
+    for ids, answers in zip(rows_BT, answers_BT, strict=True):
+        for at in np.flatnonzero(answers):
+            assert look_back(ids, at) == (ids[at + 1], 100)
+
+
 def test_bad_probes_say_what_is_allowed():
     with pytest.raises(DataError, match="unknown recall task 'copy'; allowed: repeat"):
         probe("copy", 32, 1, ids=IDS, seed=0)

@@ -79,6 +79,7 @@ def test_a_sentencepiece_style_tokenizer_works_too(stories260k):
     tokenizer = load_tokenizer(str(stories260k))
     ids = ordinary_ids(tokenizer)
     assert len(ids) >= 32 and prefix_ids(tokenizer) == [tokenizer.bos_token_id]
+    assert encode(tokenizer, [tokenizer.decode([i]) for i in ids.tolist()]) == [[i] for i in ids.tolist()]
 
 
 def test_qwen_tokenizer_gives_the_ids_that_llama_cpp_expects(shared_data):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from families import FAMILIES, LAYERS, tiny_model, tokens
+from families import FAMILIES, LAYERS, family_config, tiny_model, tokens
 from limbeck.config.base import From
 from limbeck.config.parts.stages import StudentOptions
 from limbeck.config.parts.surgeries import HybridizeOptions
@@ -206,7 +206,7 @@ def test_a_base_that_is_gone_or_changed_is_an_error(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_student_is_refused(base_folder: Path, tmp_path: Path) -> None:
-    scratch = {"model_type": "qwen3", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    scratch = family_config("qwen3")
     with pytest.raises(ModelError, match="no weights to operate on"):
         _build(Place(), config=scratch, surgery=[{"kind": "hybridize"}])
     plain = _build(Place(), config=scratch)

@@ -55,7 +55,8 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_names(stude
 def test_the_first_group_that_claims_a_parameter_wins(student: Student) -> None:
     select_trainable(student, ["all"])
     groups = tuple(
-        GroupOptions.model_validate(g) for g in ({"match": "*.A_log", "lr": 1}, {"role": "mixers", "lr": 2}, {"role": "rest", "match": "*.mlp.*", "lr": 3}, {"lr": 4})
+        GroupOptions.model_validate(group)
+        for group in ({"match": "*.A_log", "lr": 1}, {"role": "mixers", "lr": 2}, {"match": "*.mlp.*", "lr": 3}, {"lr": 4})
     )
     claimed = parameter_groups(student, groups)
     assert [group for group, _ in claimed] == list(groups)
@@ -63,7 +64,7 @@ def test_the_first_group_that_claims_a_parameter_wins(student: Student) -> None:
     assert names[0] == ["model.layers.0.self_attn.A_log"]
     assert all(name.startswith("model.layers.0.self_attn.") and not name.endswith("A_log") for name in names[1])
     assert names[2] == [name for name in student.roles if ".mlp." in name]
-    assert sorted(sum(names, [])) == sorted(student.roles)
+    assert sorted(name for group in names for name in group) == sorted(student.roles)
     parameters = dict(student.model.named_parameters())
     assert all(p is parameters[name] for _, members in claimed for name, p in members)
 

@@ -61,7 +61,7 @@ class RecallSource(MadeUpSource):
         shortest = min(self.options.min_length, longest)
         length = int(math.exp(rng.uniform(math.log(shortest), math.log(longest + 1))))
         length = min(max(length, shortest), longest)
-        # Half of the documents have nothing between the two parts, as a short string or few pairs would else be all there is.
+        # Without a gap everything in the second half is asked; with one there is little to ask, but from further back.
         body = length if rng.random() < 0.5 else int(length * rng.random())
         if task == "repeat":
             size = max(2, min(body // 2, len(ids)))
@@ -101,7 +101,7 @@ def probe(
     check_ids(ids)
     documents, exact = [], []
     for row in range(rows):
-        rng = np.random.default_rng((seed, PROBE, row))
+        rng = np.random.default_rng((seed, 0, PROBE, row))
         if task == "repeat":
             size = distance if distance <= len(ids) else len(ids) // 2
             document = _repeat(rng, ids, size, distance - size)

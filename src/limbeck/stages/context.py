@@ -17,7 +17,8 @@ from limbeck.errors import DataError, RunError
 from limbeck.models.loading import resolve_source
 from limbeck.stages.folder import StageFolder
 
-Say = Callable[[str], None]
+Say = Callable[[Any], None]
+"""Takes a line of text, or a rich table."""
 
 
 @dataclass

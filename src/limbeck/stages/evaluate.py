@@ -86,7 +86,7 @@ def base_of(folder: Path) -> str:
 def copy_initialised(folder: Path, seed: int) -> Any:
     """The student as its surgery made it, before any training."""
     record = _origin(folder)
-    surgery = [SURGERIES.options(options["kind"]).model_validate(options) for options in record["surgery"]]
+    surgery: list[Any] = [SURGERIES.options(options["kind"]).model_validate(options) for options in record["surgery"]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return wrap_student(load_model(base_of(folder)), surgery, record["base"])

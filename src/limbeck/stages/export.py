@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class ExportStage:
         folder = trained_model(self.context, self.options.from_)
         for form in self.options.to:
             out = self.context.folder / "export" / form
-            self.context.once(lambda out=out: export_model(folder, out, self.options.dtype, self.context.run_dir))
+            self.context.once(partial(export_model, folder, out, self.options.dtype, self.context.run_dir))
             self.context.say(f"  {out}")
 
 

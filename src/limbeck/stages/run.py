@@ -190,7 +190,7 @@ def grid_cells(options: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
 def _assign(tree: Any, path: str, value: Any) -> None:
     words = path.split(".")
     for i, word in enumerate(words):
-        known: dict[str, Any] = dict(enumerate(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else {}
+        known: dict[Any, Any] = dict(enumerate(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else {}
         step: Any = int(word) if isinstance(tree, list) and word.isdigit() else word
         if step not in known:
             hint = did_you_mean(word, map(str, known)) or f"; known here: {', '.join(map(str, known))}"

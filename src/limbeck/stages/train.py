@@ -102,7 +102,7 @@ class TrainStage:
                     f"stage '{self.context.name}': teacher 'self' is the base of a student made by surgery, and this student has none: "
                     "give `student.base` and `student.surgery`"
                 )
-            source = student.base_source
+            source: str | None = student.base_source
         else:
             source = self.context.locate(options.model) if hasattr(options, "model") else None
         teacher = TEACHERS.build(options, source)

@@ -45,7 +45,7 @@ def parameter_groups(student: Any, groups: Sequence[GroupOptions]) -> list[tuple
         if not parameter.requires_grad:
             continue
         for group, members in claimed:
-            if group.role in (None, roles[name]) and (group.match is None or _matches(group.match, name, {})):
+            if _claims(group, name, roles):
                 members.append((name, parameter))
                 break
         else:
@@ -62,6 +62,10 @@ def parameter_groups(student: Any, groups: Sequence[GroupOptions]) -> list[tuple
     return claimed
 
 
+def _claims(group: GroupOptions, name: str, roles: Mapping[str, str]) -> bool:
+    return group.role in (None, roles[name]) and (group.match is None or _matches(group.match, name, {}))
+
+
 def _matches(pattern: str, name: str, roles: Mapping[str, str]) -> bool:
     return pattern == ALL or roles.get(name) == pattern or fnmatchcase(name, pattern)
 
@@ -71,10 +75,10 @@ def _why_empty(group: GroupOptions, roles: Mapping[str, str], trainable: Sequenc
         return f"no parameter has the role '{group.role}'; roles of this student: {', '.join(sorted(set(roles.values())))}"
     if group.match is not None and not any(_matches(group.match, name, {}) for name in roles):
         return _nothing(group.match, roles)
-    what = " and ".join(f"{key} '{value}'" for key, value in (("role", group.role), ("match", group.match)) if value is not None)
-    if any(group.role in (None, roles[n]) and (group.match is None or _matches(group.match, n, {})) for n in trainable):
-        return f"all parameters of {what or 'the student'} are claimed by earlier groups: put this group before them, or take it out"
-    return f"no parameter of {what or 'the student'} trains (student.train)"
+    what = "the student" if group.role is group.match is None else f"role '{group.role}'" if group.role else f"match '{group.match}'"
+    if any(_claims(group, name, roles) for name in trainable):
+        return f"all parameters of {what} are claimed by earlier groups: put this group before them, or take it out"
+    return f"no parameter of {what} trains (student.train)"
 
 
 def _nothing(pattern: str, roles: Mapping[str, str]) -> str:

@@ -156,6 +156,7 @@ def checked_base(record: dict[str, Any]) -> str:
     differing = [f"{field}: {before.get(field)} when the student was made, {now.get(field)} now" for field in before if before[field] != now.get(field)]
     if differing:
         raise ModelError(
-            f"the base {recorded} of this student has changed since ({'; '.join(differing)}): put the old files back, or make the student again from the new ones"
+            f"the base {recorded} of this student has changed since ({'; '.join(differing)}): put the old files back, or "
+            "make the student again from the new ones"
         )
     return source

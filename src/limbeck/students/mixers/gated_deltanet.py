@@ -180,8 +180,7 @@ class GatedDeltaNet(Mixer):
         if held is not None and q.shape[1] == 1:
             if state is None:
                 state = torch.zeros(*k.shape[0:1], *k.shape[2:], v.shape[-1], dtype=compute_dtype(k), device=k.device)
-            step = [x.squeeze(1) for x in (q, k, v, g_BTH, beta_BTH)]
-            o_BHV, state = gated_delta_rule_step(*step, state, scale=self._scale)
+            o_BHV, state = gated_delta_rule_step(q[:, 0], k[:, 0], v[:, 0], g_BTH[:, 0], beta_BTH[:, 0], state, scale=self._scale)
             o = o_BHV[:, None]
         else:
             o, state = gated_delta_rule(
