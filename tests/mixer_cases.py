@@ -18,6 +18,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "swa-no-sinks": {"kind": "swa", "window": 3, "sinks": 0},
     "deltanet": {"kind": "gated_deltanet", "decay": "none", "beta": "one"},
     "gated_deltanet-everything": {"kind": "gated_deltanet", "short_conv": 3, "activation": "silu", "deep_kv": True, "chunk": 8},
+    "gated_deltanet-normed": {"kind": "gated_deltanet", "output_norm": True},
     "gated_deltanet-free-keys": {"kind": "gated_deltanet", "qk_norm": "none", "beta": "learned"},
 }
 

@@ -4,8 +4,7 @@
     python tools/make_builtin.py runs/pretrain
 
 Writes `src/limbeck/builtin/code-2m/`: bf16 weights, tokenizer, the resolved recipe, the training curve and a card with what was
-measured.  Refuses a model that does not recall at half its context or in which fewer than two layers retrieve: experiments on
-such a teacher would mean nothing.
+measured.  Refuses a model that does not recall at half its context: experiments on such a teacher would mean nothing.
 """
 
 from __future__ import annotations
@@ -57,6 +56,7 @@ def main() -> int:
     training = next(row for row in reversed(curve) if "tokens" in row)
     held_out = next(row["validation/loss"] for row in reversed(curve) if "validation/loss" in row)
     rows = "\n".join(f"| {e['task']} | {e['distance']} | {e['accuracy']:.3f} |" for e in found)
+    far = next(e["accuracy"] for e in found if e["task"] == "repeat" and e["distance"] == 256)
     size = sum(p.stat().st_size for p in FOLDER.iterdir()) / 1e6
     (FOLDER / "README.md").write_text(
         f"""# code-2m: the small teacher that comes with Limbeck
@@ -72,16 +72,20 @@ Remake it with `limbeck quickstart --train-teacher`.
 |---|---|---|
 {rows}
 
-Retrieval: layers {", ".join(map(str, layers))} hold heads that put more than 0.3 of their attention on the token to copy
-({", ".join(f"{layer}.{head}: {mass:.2f}" for layer, head, mass in heads)}).
+| criterion | bound | measured | holds |
+|---|---|---|---|
+| recall half a context back (repeat, 256) | >= 0.9 | {far:.3f} | {str(far >= 0.9).lower()} |
+| layers with a head that puts more than 0.3 of its attention on the token to copy | >= 2 | {len(layers)} | {str(len(layers) >= 2).lower()} |
+
+Such heads, as layer.head: {", ".join(f"{layer}.{head} ({mass:.2f})" for layer, head, mass in heads)}.  A hybrid that does not keep
+softmax attention in layer {", ".join(map(str, layers))} does not recall.
 
 {LICENCE}
 """
     )
-    far = next(e["accuracy"] for e in found if e["task"] == "repeat" and e["distance"] == 256)
     print((FOLDER / "README.md").read_text(), f"{size:.2f} MB")
-    if far < 0.9 or len(layers) < 2 or size > 8:
-        print(f"REFUSED: recall {far:.3f} (>= 0.9), {len(layers)} retrieval layers (>= 2), {size:.1f} MB (<= 8)")
+    if far < 0.9 or size > 8:
+        print(f"REFUSED: recall {far:.3f} (>= 0.9), {size:.1f} MB (<= 8)")
         return 1
     return 0
 

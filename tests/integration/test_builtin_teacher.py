@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from limbeck.config.load import load_recipe
 from limbeck.config.parts.stages import RecallOptions
 from limbeck.data.tokenizer import ordinary_ids
 from limbeck.evaluation.recall import recall
@@ -38,10 +39,13 @@ def test_it_recalls_at_half_its_context(teacher: tuple[Any, Any]) -> None:
     assert recall(model, options, ordinary_ids(tokenizer))[0]["accuracy"] >= 0.9
 
 
-def test_at_least_two_layers_retrieve(teacher: tuple[Any, Any]) -> None:
+def test_the_shipped_recipes_keep_every_layer_that_retrieves(teacher: tuple[Any, Any]) -> None:
     model, tokenizer = teacher
     heads = retrieval_heads(model, ordinary_ids(tokenizer)[:WORDS], distance=128)
-    assert len({layer for layer, _, _ in heads}) >= 2, heads
+    retrieving = {layer for layer, _, _ in heads}
+    assert retrieving, "a teacher that never looks back has nothing to lose"
+    for recipe in ("quickstart", "hybrid"):
+        assert retrieving <= set(load_recipe(recipe).stages["distil"].student.keep)
 
 
 def test_its_card_says_where_it_comes_from() -> None:

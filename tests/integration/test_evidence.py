@@ -21,7 +21,7 @@ QUICK = {
 @pytest.mark.parametrize("folder", QUICK)
 def test_the_quick_form_runs(folder: str, tmp_path: Path) -> None:
     words = [word.format(tmp=tmp_path) for word in QUICK[folder]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     done = subprocess.run(
         [sys.executable, str(ROOT / folder / "run.py"), "--quick", *words],
         cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environment,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from limbeck.engine.determinism import derive_seed, deterministic, rng_state, se
 from limbeck.engine.metrics import MetricsWriter, loss_trace, read_metrics
 from limbeck.engine.optim import build_optimizer, global_norm, materialise_state, set_learning_rates
 from limbeck.engine.schedule import factor
+from limbeck.engine.signals import StopFlag
 from limbeck.errors import CheckpointError
 
 
@@ -93,6 +96,18 @@ def test_random_states_survive_json_and_inner_draws() -> None:
     with untouched_rng():
         draw()
     assert draw() == expected
+
+
+def test_a_second_interrupt_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.reason, left) == ("SIGTERM", [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop.reason, left) == ("SIGINT", [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [130]
 
 
 def test_deterministic_mode_is_left_as_it_was_found() -> None:

@@ -32,7 +32,7 @@ def _trainable(student: Any) -> set[str]:
         (["mixers"], lambda name: name.startswith("model.layers.0.self_attn.")),
         (["rest"], lambda name: not name.startswith("model.layers.0.self_attn.")),
         (["mixers", "model.layers.*.mlp.*"], lambda name: name.startswith("model.layers.0.self_attn.") or ".mlp." in name),
-        (["*.o_norm"], lambda name: name.endswith(".o_norm")),
+        (["*.dt_bias"], lambda name: name.endswith(".dt_bias")),
     ],
 )
 def test_what_is_named_trains_and_the_rest_is_frozen(student: Student, patterns: list[str], belongs: Any) -> None:

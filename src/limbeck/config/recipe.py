@@ -60,7 +60,13 @@ def references(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def stage_problems(recipe: Recipe) -> list[Problem]:
     """References to stages that do not exist or make nothing of use, and cycles; a path is relative to the recipe's root."""
     edges = {name: list(references(stage)) for name, stage in recipe.stages.items()}
-    return reference_problems(edges, {name: stage.kind for name, stage in recipe.stages.items()})
+    problems = reference_problems(edges, {name: stage.kind for name, stage in recipe.stages.items()})
+    for name, found in edges.items():
+        for path, target in found:
+            if target in recipe.stages and recipe.stages[target].grid and not path.startswith("data"):
+                message = f"stage {target!r} has a grid, so it is several results, not one: name a stage without a grid"
+                problems.append(Problem("", f"stages.{name}.{path}", message))
+    return problems
 
 
 def reference_problems(edges: dict[str, list[tuple[str, str]]], kinds: dict[str, str]) -> list[Problem]:

@@ -131,7 +131,7 @@ class _Run:
     def context(self, name: str, options: Any, folder: Path, facts: dict[str, Any] | None = None) -> StageContext:
         """What a stage, or a cell of its grid, gets to work with."""
         return StageContext(
-            self.recipe, name, options, folder, self.run_dir, self.recipe_dir, self.world, self.say, self.console, facts or {}
+            self.recipe, name, options, folder, self.run_dir, self.recipe_dir, self.world, self.say, self.console, {} if facts is None else facts
         )
 
 

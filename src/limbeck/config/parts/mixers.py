@@ -57,13 +57,14 @@ class GatedDeltaNetOptions(Part):
     """Multiply the output by a learned SiLU gate of the layer's input, before the output projection."""
     gate_bias: bool = True
     """Give the gate a bias, so that it starts open everywhere.  Without one it starts random."""
-    output_norm: bool = True
-    """RMS-normalise each head's output before the gate."""
+    output_norm: bool = False
+    """RMS-normalise each head's output before the gate.  Off by default: a read of unit keys has the scale of the values already, and
+    the copied projections then start much nearer to the attention's output."""
     beta: Literal["learned", "one"] = "learned"
     """Write strength: a sigmoid of the input, or always 1."""
     decay: Literal["learned", "none"] = "learned"
     """Forget gate: learned per head and token, or none (plain DeltaNet)."""
-    decay_init: tuple[float, float] = (0.001, 0.1)
+    decay_init: tuple[float, float] = (0.003, 0.3)
     """Range of the step size that sets the initial forget rates; log-uniform over heads (a head forgets about A * dt a token)."""
     deep_kv: bool = False
     """A second linear after k and v, initialised as the identity (the seed's gdn_v5)."""
