@@ -11,13 +11,12 @@ from limbeck.config.base import From
 from limbeck.config.parts.sources import StdlibSourceOptions
 from limbeck.config.parts.stages import DataOptions, EvaluateStageOptions
 from limbeck.config.parts.surgeries import SURGERIES
-from limbeck.data.dataset import TokenRows
+from limbeck.data.dataset import TokenRows, check_disjoint
 from limbeck.engine.parallel import World
 from limbeck.errors import RunError
 from limbeck.evaluation.evaluate import evaluate_models
 from limbeck.models.limbeck_model import wrap_student
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
-from limbeck.models.packed import leak_probe
 from limbeck.models.vocabulary import check_vocabulary
 from limbeck.stages.context import Say, StageContext
 from limbeck.stages.folder import read_json, write_json
@@ -38,7 +37,11 @@ class EvaluateStage:
         """Measure every named model on the same held-out rows and probes (on the first rank)."""
         data = self.options.data
         trained: Any = self.context.stage_options(self.options.from_)
-        folder, chosen = self.context.data(data if data is not None else trained.data)
+        folder, chosen = self.context.data(trained.data)
+        if data is not None:
+            trained_on = folder
+            folder, chosen = self.context.data(data)
+            check_disjoint(trained_on, folder)
         self.context.once(lambda: self._run(folder, chosen))
 
     def _run(self, data_folder: Path, data: DataOptions) -> None:
@@ -99,7 +102,6 @@ def _measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, model in models.items():
         check_vocabulary(tokenizer, model, who=f"model '{name}'")
-        leak_probe(model)
         model.requires_grad_(False).eval().to(device)
     results = evaluate_models(models, TokenRows(data_folder, "held_out"), options, tokenizer, teacher, progress=say)
     write_json(out / "evaluation" / "evaluation.json", results)
