@@ -34,7 +34,7 @@ from limbeck.config.fields import (
 from limbeck.config.messages import Finding, findings, mistaken_scalars
 from limbeck.config.overrides import apply_overrides
 from limbeck.config.plugins import load_entry_points, load_plugin
-from limbeck.config.recipe import Recipe, reference_problems, references
+from limbeck.config.recipe import Recipe, reference_problems, stage_problems
 from limbeck.config.yaml_nodes import Node, decode, parse
 from limbeck.errors import LimbeckError, Problem, RecipeError, did_you_mean
 
@@ -305,8 +305,7 @@ def _problem(root: Node, finding: Finding) -> Problem:
 def _stage_problems(root: Node, recipe: Recipe | None) -> list[Problem]:
     """What stages say about each other, also in a recipe that has other faults."""
     if recipe is not None:
-        kinds = {name: stage.kind for name, stage in recipe.stages.items()}
-        return reference_problems({name: list(references(stage)) for name, stage in recipe.stages.items()}, kinds)
+        return stage_problems(recipe)
     stages = root.value.get("stages")
     if stages is None or not isinstance(stages.value, dict):
         return []
