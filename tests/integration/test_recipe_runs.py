@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from limbeck.config.load import load_recipe
+from limbeck.config.recipe import Recipe
 from limbeck.errors import RecipeError, RunError
 from limbeck.stages.run import run_recipe
 
@@ -128,10 +129,9 @@ def test_evaluate_and_export_take_a_model_folder_and_a_checkpoint(finished: tupl
 
 def test_a_grid_runs_its_product_and_tabulates(finished: tuple[Path, Path, list[str]]) -> None:
     home, _, _ = finished
-    recipe = load_recipe(
-        home / "tiny.yaml", ['pretrain.grid={"optim.groups.0.lr": [1e-3, 3e-3], "seed": [1, 2]}', "pretrain.loop.steps=2"]
-    )
-    single = recipe.model_copy(update={"stages": {"pretrain": recipe.stages["pretrain"]}})
+    stage = load_recipe(home / "tiny.yaml", ["pretrain.loop.steps=2"]).stages["pretrain"].model_dump(mode="json", by_alias=True)
+    stage["grid"] = {"optim.groups.0.lr": [1e-3, 3e-3], "seed": [1, 2]}
+    single = Recipe.model_validate({"name": "grid", "stages": {"pretrain": stage}})
     out = run_recipe(single, recipe_dir=home, run_dir=home / "grid", say=lambda text: None)
     rows = json.loads((out / "pretrain" / "grid.json").read_text())
     assert [(row["optim.groups.0.lr"], row["seed"]) for row in rows] == [(1e-3, 1), (1e-3, 2), (3e-3, 1), (3e-3, 2)]
