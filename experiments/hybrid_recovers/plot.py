@@ -1,6 +1,6 @@
 """Draw `curve.svg` and the README's table from what the runs left behind.
 
-    python experiments/hybrid_recovers/plot.py [runs/hybrid_recovers]
+python experiments/hybrid_recovers/plot.py [runs/hybrid_recovers]
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def draw(out: Path) -> None:
         values = [[losses[i] for _, losses in seeds] for i in range(length)]
         tokens = seeds[0][0][:length]
         (line,) = axis.plot([t / 1e3 for t in tokens], [statistics.mean(v) for v in values], label=label)
-        axis.fill_between([t / 1e3 for t in tokens], [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
+        axis.fill_between(
+            [t / 1e3 for t in tokens], [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color()
+        )
     axis.set(xlabel="tokens spent, align + distil (thousand)", ylabel="held-out KL (nats/token)", yscale="log")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3, which="both")

@@ -22,6 +22,9 @@ from benchmarks.evidence import write_results  # noqa: E402
 
 from limbeck.config.load import load_recipe  # noqa: E402
 from limbeck.config.recipe import Recipe  # noqa: E402
+from limbeck.data.tokenizer import ordinary_ids  # noqa: E402
+from limbeck.evaluation.retrieval import retrieval_heads  # noqa: E402
+from limbeck.models.loading import load_model, load_tokenizer, resolve_source  # noqa: E402
 from limbeck.stages.run import run_recipe  # noqa: E402
 
 LEARNING_RATES = (1e-3, 3e-3, 8e-3)
@@ -81,6 +84,13 @@ def residuals(run: Path, stage: str) -> dict[str, float]:
     return {key.removeprefix(mark): value for key, value in last.items() if key.startswith(mark)}
 
 
+def retrieval_layers(source: str) -> set[int]:
+    """Layers of the teacher with a head that puts most of its attention on the token to copy."""
+    folder = resolve_source(source)
+    ids = ordinary_ids(load_tokenizer(folder))[:512]
+    return {layer for layer, _, _ in retrieval_heads(load_model(folder), ids, distance=128)}
+
+
 def at_least(name: str, measured: float, bound: float) -> dict[str, Any]:
     """A criterion with a lower bound."""
     return {"name": name, "bound": f">= {bound}", "measured": measured, "holds": measured >= bound}
@@ -106,6 +116,7 @@ def main() -> None:
     more = [*more, f"no_align.optim.groups.0.lr={lr}", f"no_align.optim.groups.1.lr={lr / 5}"]
     recovered: dict[str, list[float]] = {"linear": [], "kept": [], "no_align": [], "rows": []}
     gaps: dict[str, list[float]] = {name: [] for name in recovered}
+    retrieving = retrieval_layers("builtin:code-2m")
     worst_residual = []
     for seed in seeds:
         run = run_recipe(seeded(seed, *more), recipe_dir=HERE, run_dir=out / f"seed-{seed}")
@@ -120,7 +131,7 @@ def main() -> None:
                 rows += [{"setting": f"{label}: {name}", "seed": seed, "metric": m, "value": v} for m, v in values.items()]
         for layer, value in residuals(run, "align").items():
             rows.append({"setting": "align", "seed": seed, "metric": f"residual/{layer}", "value": value})
-        worst_residual.append(sorted(residuals(run, "align").values()))
+        worst_residual.append(max(value for layer, value in residuals(run, "align").items() if int(layer) not in retrieving))
     mean = {name: statistics.mean(values) for name, values in recovered.items()}
     gap = {name: statistics.mean(values) for name, values in gaps.items()}
     criteria = [
@@ -132,11 +143,7 @@ def main() -> None:
             "all-linear CE minus no-align CE at equal tokens, control's lr tuned (mean)", gap["linear"] - gap["no_align"], 0.0
         ),
         at_least("row-repeat CE minus by-heads CE (mean)", gap["rows"] - gap["linear"], 0.0),
-        at_most(
-            "relative residual after align, all but the two retrieval layers (worst seed)",
-            max(r[-3] for r in worst_residual),
-            0.15,
-        ),
+        at_most("relative residual of every layer that does not retrieve, after align (worst seed)", max(worst_residual), 0.15),
     ]
     folder = out if options.quick else HERE
     write_results(

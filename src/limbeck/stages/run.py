@@ -6,6 +6,7 @@ stage with the same key is skipped; one with another key is *stale*: it and its 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import platform
@@ -35,6 +36,8 @@ from limbeck.models.loading import resolve_source
 from limbeck.stages.context import Say, StageContext
 from limbeck.stages.folder import StageFolder, changed_fields, digest, read_json, write_json
 
+HASHED_WHOLE = 64 * 2**20
+"""Larger files of a model folder count by size and time."""
 COSMETIC = {"log_every", "checkpoint_every", "keep_last", "validate_every", "validate_rows", "deterministic"}
 """Loop settings that do not change what a stage makes."""
 
@@ -248,10 +251,17 @@ def _sources(options: Any) -> list[str]:
     return [source for source in named if isinstance(source, str)]
 
 
-def _listing(path: Path) -> dict[str, list[int]]:
+def _listing(path: Path) -> dict[str, Any]:
+    """What a model folder holds: small files by content (a fresh copy is the same model), large ones by size and time."""
     if not path.is_dir():
         return {}
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(path.iterdir()) if file.is_file()}
+    found: dict[str, Any] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".safetensors"):
+            facts = file.stat()
+            large = facts.st_size > HASHED_WHOLE
+            found[file.name] = [facts.st_size, facts.st_mtime_ns] if large else hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
 
 
 def _set_aside(recipe: Recipe, run_dir: Path, chosen: list[str], keys: dict[str, str], fresh: bool, say: Say) -> None:
