@@ -22,7 +22,7 @@ def test_overrides_reach_every_kind_of_place() -> None:
         "align.teacher.kind=self",
         "align.loop.stop_unless.below=3",
         "align.data.source.1.share=0.3",
-        "align.grid.optim.groups.0.lr=[1e-3, 1e-2]",
+        "evaluate.grid.rows=[8, 16]",
         "align.student.train=[mixers, rest]",
         "align.student.surgery.0.mixer={kind: swa, window: 32}",
         "name=other",
@@ -30,7 +30,8 @@ def test_overrides_reach_every_kind_of_place() -> None:
     align = stage("align", *words)
     assert (align.loop.tokens, align.optim.groups[0].lr, align.student.surgery[0].keep) == (1_000_000, 5e-4, (1, 2))
     assert (align.loop.stop_unless.loss, align.loop.stop_unless.below) == ("decreases", 3)
-    assert (align.data.source[1].share, align.grid) == (0.3, {"optim.groups.0.lr": (1e-3, 1e-2)})
+    assert align.data.source[1].share == 0.3
+    assert stage("evaluate", *words).grid == {"rows": (8, 16)}
     assert (align.student.train, align.student.surgery[0].mixer.window) == (("mixers", "rest"), 32)
     assert load_recipe("hybrid", words).name == "other"
 
