@@ -102,10 +102,9 @@ class TrainStage:
                     f"stage '{self.context.name}': teacher 'self' is the base of a student made by surgery, and this student has none: "
                     "give `student.base` and `student.surgery`"
                 )
-            source: str | None = student.base_source
+            teacher = TEACHERS.build(options, student.base_source, student.base_revision)
         else:
-            source = self.context.locate(options.model) if hasattr(options, "model") else None
-        teacher = TEACHERS.build(options, source)
+            teacher = TEACHERS.build(options, self.context.locate(options.model) if hasattr(options, "model") else None)
         teacher.load(device)
         return teacher
 

@@ -54,6 +54,11 @@ class Student(nn.Module):
         """Folder or hub name of the base, checked to be the one that the student was made from; None for a model from scratch."""
         return self._source if not self.surgeries else checked_base(self.model.config.limbeck["base"])
 
+    @property
+    def base_revision(self) -> str | None:
+        """The commit of a base from the hub; None for a folder."""
+        return self.model.config.limbeck["base"]["fingerprint"].get("commit") if self.surgeries else None
+
     def forward(self, batch: Batch) -> Output:
         """Final hidden states of packed rows, and the head."""
         return Output(forward_packed(self.model, batch), head_of(self.model))

@@ -23,8 +23,8 @@ from limbeck.types import Batch, Signal, Visit
 class SelfTeacher(FrozenModel):
     """Streams attention (need :class:`~limbeck.needs.AttentionStream`)."""
 
-    def __init__(self, options: SelfTeacherOptions, source: str):
-        super().__init__(source)
+    def __init__(self, options: SelfTeacherOptions, source: str, revision: str | None = None):
+        super().__init__(source, revision=revision)
 
     def signal(self, batch: Batch, needs: Mapping[type[Need], Need]) -> Signal:
         """Nothing is answered by value: a signal with every layer's activations would be L x T x 2D."""
