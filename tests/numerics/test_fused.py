@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -284,8 +285,11 @@ def _sharded_head_worker(rank: int, folder: str) -> None:
         assert_relative([x.full_tensor() for x in found[1:]], expected[1:], 1e-12)
         assert_relative([found[0][half]], [expected[0][half]], 1e-12)
         Path(folder, f"rank{rank}").touch()
-        # A rank that leaves while the other still talks to it makes gloo abort.
-        dist.barrier()
+        # gloo aborts a rank whose peer is gone, now and then even in an orderly teardown: both leave when both are done.
+        for _ in range(600):
+            if len(list(Path(folder).glob("rank*"))) == 2:
+                os._exit(0)
+            time.sleep(0.05)
     finally:
         dist.destroy_process_group()
 
