@@ -23,7 +23,7 @@ from benchmarks.evidence import write_results  # noqa: E402
 from limbeck.config.load import load_recipe  # noqa: E402
 from limbeck.config.recipe import Recipe  # noqa: E402
 from limbeck.data.tokenizer import ordinary_ids  # noqa: E402
-from limbeck.evaluation.retrieval import retrieval_heads  # noqa: E402
+from limbeck.evaluation.retrieval import retrieval_layers  # noqa: E402
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source  # noqa: E402
 from limbeck.stages.run import run_recipe  # noqa: E402
 
@@ -31,7 +31,8 @@ LEARNING_RATES = (1e-3, 3e-3, 8e-3)
 """Of the mixers in the no-align control; the rest trains at a fifth of it, as in the other arms."""
 QUICK = [
     "align.loop.tokens=8k", "linear.loop.tokens=8k", "kept.loop.tokens=8k", "no_align.loop.tokens=16k", "align_rows.loop.tokens=8k",
-    "rows.loop.tokens=8k", "evaluate_linear.rows=4", "evaluate_kept.rows=4", "evaluate_linear.recall.rows=2", "evaluate_kept.recall.rows=2",
+    "rows.loop.tokens=8k", "text_linear.rows=4", "text_kept.rows=4",
+    "evaluate_linear.rows=4", "evaluate_kept.rows=4", "evaluate_linear.recall.rows=2", "evaluate_kept.recall.rows=2",
 ]  # fmt: skip
 
 
@@ -84,11 +85,31 @@ def residuals(run: Path, stage: str) -> dict[str, float]:
     return {key.removeprefix(mark): value for key, value in last.items() if key.startswith(mark)}
 
 
-def retrieval_layers(source: str) -> set[int]:
-    """Layers of the teacher with a head that puts most of its attention on the token to copy."""
+def retrieving_layers(source: str) -> list[int]:
+    """Layers of the teacher that look back, also those that do so only when others are silent."""
     folder = resolve_source(source)
-    ids = ordinary_ids(load_tokenizer(folder))[:512]
-    return {layer for layer, _, _ in retrieval_heads(load_model(folder), ids, distance=128)}
+    return retrieval_layers(load_model(folder), ordinary_ids(load_tokenizer(folder))[:512], distance=128)
+
+
+def longer(seed: int, more: list[str], out: Path, factor: int) -> list[dict[str, Any]]:
+    """Whether what is missing all-linear is missing for want of tokens: align and distil of one seed with ``factor`` times as many."""
+    tree = seeded(seed, *more).model_dump(mode="json", by_alias=True)["stages"]
+    stages = {name: tree[name] for name in ("align", "linear", "evaluate_linear", "text_linear")}
+    for name in ("align", "linear"):
+        stages[name]["loop"]["tokens"] *= factor
+    for name in ("evaluate_linear", "text_linear"):
+        stages[name]["against"] = ["teacher"]
+    run = run_recipe(Recipe.model_validate({"name": "longer", "stages": stages}), recipe_dir=HERE, run_dir=out / f"longer-{factor}x")
+    rows = [
+        {"setting": f"all-linear, {factor}x tokens, {text}: {name}", "seed": seed, "metric": metric, "value": value}
+        for stage, text in (("evaluate_linear", "text and recall"), ("text_linear", "text"))
+        for name, values in measured(run, stage).items()
+        for metric, value in values.items()
+    ]
+    found = residuals(run, "align").items()
+    return rows + [
+        {"setting": f"align, {factor}x tokens", "seed": seed, "metric": f"residual/{layer}", "value": value} for layer, value in found
+    ]
 
 
 def at_least(name: str, measured: float, bound: float) -> dict[str, Any]:
@@ -116,7 +137,8 @@ def main() -> None:
     more = [*more, f"no_align.optim.groups.0.lr={lr}", f"no_align.optim.groups.1.lr={lr / 5}"]
     recovered: dict[str, list[float]] = {"linear": [], "kept": [], "no_align": [], "rows": []}
     gaps: dict[str, list[float]] = {name: [] for name in recovered}
-    retrieving = retrieval_layers("builtin:code-2m")
+    text_gaps: dict[str, list[float]] = {"linear": [], "kept": []}
+    retrieving = retrieving_layers("builtin:code-2m")
     worst_residual = []
     for seed in seeds:
         run = run_recipe(seeded(seed, *more), recipe_dir=HERE, run_dir=out / f"seed-{seed}")
@@ -126,12 +148,17 @@ def main() -> None:
             teacher, start = found["teacher"]["ce"], found["copy_init"]["ce"]
             recovered[name].append((start - found[name]["ce"]) / (start - teacher))
             gaps[name].append(found[name]["ce"] - teacher)
-        for found, label in ((linear, "all-linear"), (kept, "25% kept")):
+        texts = {name: measured(run, f"text_{name}") for name in text_gaps}
+        for name, found in texts.items():
+            text_gaps[name].append(found[name]["ce"] - found["teacher"]["ce"])
+        named = {"all-linear": linear, "25% kept": kept, "text, all-linear": texts["linear"], "text, 25% kept": texts["kept"]}
+        for label, found in named.items():
             for name, values in found.items():
                 rows += [{"setting": f"{label}: {name}", "seed": seed, "metric": m, "value": v} for m, v in values.items()]
         for layer, value in residuals(run, "align").items():
             rows.append({"setting": "align", "seed": seed, "metric": f"residual/{layer}", "value": value})
         worst_residual.append(max(value for layer, value in residuals(run, "align").items() if int(layer) not in retrieving))
+    rows += longer(seeds[0], more, out, 1 if options.quick else 5)
     mean = {name: statistics.mean(values) for name, values in recovered.items()}
     gap = {name: statistics.mean(values) for name, values in gaps.items()}
     criteria = [
@@ -139,6 +166,8 @@ def main() -> None:
         at_least("25% kept recovers the log-perplexity gap (worst seed)", min(recovered["kept"]), 0.97),
         at_most("all-linear CE above the teacher's, nats (worst seed)", max(gaps["linear"]), 0.08),
         at_most("25% kept CE above the teacher's, nats (worst seed)", max(gaps["kept"]), 0.08),
+        at_most("all-linear CE above the teacher's on text alone, nats (worst seed)", max(text_gaps["linear"]), 0.08),
+        at_most("25% kept CE above the teacher's on text alone, nats (worst seed)", max(text_gaps["kept"]), 0.08),
         at_most(
             "all-linear CE minus no-align CE at equal tokens, control's lr tuned (mean)", gap["linear"] - gap["no_align"], 0.0
         ),

@@ -49,6 +49,10 @@ class CheckpointError(LimbeckError, RuntimeError):
     """A checkpoint or artefact that is missing, damaged or belongs to something else."""
 
 
+class TeacherError(LimbeckError, RuntimeError):
+    """A teacher that cannot be reached, answers wrongly, or is not the one that was asked before."""
+
+
 class RunError(LimbeckError, RuntimeError):
     """A run that cannot start or go on: locked folder, no disk, a failed gate, a non-finite number."""
 

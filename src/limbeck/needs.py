@@ -27,6 +27,32 @@ class HeadHidden(Need):
 
 
 @dataclass(frozen=True)
+class TopK(Need):
+    """The teacher's ``k`` likeliest ids with their raw logits and, for each temperature, the logarithm of the whole partition sum.
+
+    With logZ_T the tempered probabilities of the kept ids, and so the mass of the rest, are exact at every temperature asked
+    for.  ``samples`` more ids are drawn from the tail (from the whole distribution if ``k`` is 0) at the first temperature.
+    ``exact=False`` accepts a teacher that has logZ at T = 1 only.
+    """
+
+    k: int
+    temperatures: tuple[float, ...] = (1.0,)
+    samples: int = 0
+    exact: bool = True
+
+    def merge(self, other: Need) -> Need:
+        if not isinstance(other, TopK):
+            raise TypeError("needs of different classes do not merge")
+        if self.samples and other.samples and (self.k, self.temperatures[0]) != (other.k, other.temperatures[0]):
+            raise ValueError("two objectives that sample the teacher's tail must agree on k and temperature")
+        first = self if self.samples or not other.samples else other
+        if first.samples and max(self.k, other.k) != first.k:
+            raise ValueError(f"an objective samples what the {first.k} likeliest ids leave, and another wants {max(self.k, other.k)} kept")
+        temperatures = tuple(dict.fromkeys((*first.temperatures, *self.temperatures, *other.temperatures)))
+        return TopK(max(self.k, other.k), temperatures, max(self.samples, other.samples), self.exact or other.exact)
+
+
+@dataclass(frozen=True)
 class AttentionStream(Need):
     """Every attention layer's input and output, one layer at a time, inside ``teacher.stream``."""
 

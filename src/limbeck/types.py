@@ -7,7 +7,7 @@ Hidden states and a :class:`Head` travel, never logits: the fused operators in `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,18 +26,26 @@ class Batch:
     ``labels_BT[b, t]`` is the token that position ``t`` must predict (already shifted), or :data:`IGNORE` at the last token of
     a document piece, on padding and on masked text.  ``position_ids_BT`` restart at 0 in every document;
     ``documents_BT`` numbers the documents of a row from 0, and is -1 on padding (padding is always at a row's end, and its
-    positions restart at 0 as if it were a document of its own).
+    positions restart at 0 as if it were a document of its own).  ``answered_BT`` is False where a teacher that may fail gave no
+    answer (None: it answered everything); ``domains_BT`` numbers the domain of each token's document (None: there is one).
     """
 
     input_ids_BT: Tensor
     labels_BT: Tensor
     position_ids_BT: Tensor
     documents_BT: Tensor
+    answered_BT: Tensor | None = None
+    domains_BT: Tensor | None = None
 
     @property
     def label_mask_BT(self) -> Tensor:
         """Positions whose prediction counts, bool ``[B, T]``."""
         return self.labels_BT != IGNORE
+
+    @property
+    def signal_mask_BT(self) -> Tensor:
+        """Positions whose prediction counts and for which the teacher's answer is there, bool ``[B, T]``."""
+        return self.label_mask_BT if self.answered_BT is None else self.label_mask_BT & self.answered_BT
 
     @property
     def token_mask_BT(self) -> Tensor:
@@ -51,12 +59,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return Batch(**{name: part.to(device, non_blocking=True) for name, part in self._parts().items()})
 
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of at most ``rows`` rows each."""
-        parts = {f.name: getattr(self, f.name).split(rows) for f in fields(self)}
+        parts = {name: part.split(rows) for name, part in self._parts().items()}
         return [Batch(**dict(zip(parts, chunk, strict=True))) for chunk in zip(*parts.values(), strict=True)]
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {f.name: part for f in fields(self) if (part := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,40 @@ class Output:
 class Signal(dict[type[Need], Any]):
     """A teacher's answers, by the class of the need: ``signal[HeadHidden]`` is an :class:`Output`."""
 
+    def to(self, device: torch.device | str) -> Signal:
+        """The same answers on another device; those of a network in this process are where it is."""
+        return Signal({need: value.to(device) if isinstance(value, TopKSignal) else value for need, value in self.items()})
+
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """``signal[TopK]``: a truncated distribution for each of ``n`` positions of a micro-batch.
+
+    ``rows_n`` (int64, ascending) are the positions, as indices into the flattened ``[B * T]``: those of
+    ``batch.signal_mask_BT``, no more.  Row ``i`` predicts the token ``labels_BT.flatten()[rows_n[i]]``.
+    ``ids_nK`` (int64) are the kept ids, likeliest first, ``logits_nK`` (fp32) their logits before any temperature,
+    ``log_z_nZ`` (fp32) ``logsumexp(logits / T)`` over the whole vocabulary for each of ``temperatures``: the probability of
+    ``ids_nK`` at ``T`` is ``exp(logits / T - log_z)``.  A source of log-probabilities gives those as logits with ``log_z = 0`` at
+    T = 1.  ``samples_nS`` are ids drawn with repetition from the tail at ``temperatures[0]`` (the whole distribution if K = 0).
+    """
+
+    rows_n: Tensor
+    ids_nK: Tensor
+    logits_nK: Tensor
+    log_z_nZ: Tensor
+    temperatures: tuple[float, ...]
+    samples_nS: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> TopKSignal:
+        """The same signal on another device."""
+        moved = {f.name: part.to(device, non_blocking=True) for f in fields(self) if isinstance(part := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        return sum(part.nbytes for f in fields(self) if isinstance(part := getattr(self, f.name), Tensor))
+
 
 Metric = tuple[Tensor | float, Tensor | float]
 """A metric as ``(sum, count)``: summed over micro-batches and ranks, divided once for the log."""
@@ -115,12 +160,28 @@ class Objective(Protocol):
         ...
 
 
+class Pending(Protocol):
+    """An answer that is on its way."""
+
+    def result(self, timeout: float | None = None) -> tuple[Batch, Signal]:
+        """Wait for it, at most ``timeout`` seconds (then :class:`TimeoutError`, and the answer is still on its way).
+
+        The batch is the one that was asked about, with what the teacher's fault policy left out masked.
+        """
+        ...
+
+
 Visit = Callable[[int, Tensor, Tensor, dict[str, Any]], None]
 """``visit(layer, inputs_BTD, outputs_BTD, kwargs)``: called inside the teacher's hooks, one attention layer at a time."""
 
 
 class Teacher(Protocol):
-    """Where a signal comes from.  Construction is light; weights arrive with :meth:`load`."""
+    """Where a signal comes from.  Construction is light; weights arrive with :meth:`load`.
+
+    A teacher whose answers take time and no compute of this process also has ``submit(batch, needs) -> Pending`` and
+    ``lookahead``, the number of steps whose requests go out before they are needed; ``close()`` ends its work, and ``advice()``
+    is one line for a run that waits for it.
+    """
 
     module: nn.Module | None
     """The frozen network in this process, if there is one (the engine shards it)."""

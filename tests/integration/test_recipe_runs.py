@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 from limbeck.config.load import load_recipe
 from limbeck.config.recipe import Recipe
-from limbeck.errors import RecipeError, RunError
+from limbeck.errors import DataError, RecipeError, RunError
+from limbeck.stages.evaluate import _probing
 from limbeck.stages.run import run_recipe
 
 RECIPE = """
@@ -149,3 +151,24 @@ def test_fresh_starts_anew_and_keeps_what_was_there(finished: tuple[Path, Path, 
     said: list[str] = []
     run_recipe(load_recipe(home / "tiny.yaml"), recipe_dir=home, run_dir=run_dir, stage="export", fresh=True, say=said.append)
     assert (run_dir / "export.stale-1").is_dir() and (run_dir / "export" / "export" / "hf").is_dir()
+
+
+def test_validation_text_that_an_earlier_stage_trained_on_is_refused(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    home, run_dir, _ = finished
+    copied = tmp_path / "run"
+    shutil.copytree(run_dir, copied)
+    recipe = load_recipe(
+        home / "tiny.yaml",
+        ["stages.distil.data={source: {kind: text, path: corpus, suffixes: [.py]}, tokenizer: {from: pretrain}, sequence: 64, held_out: 0.6}"],
+    )
+    with pytest.raises(DataError, match=r"held-out documents of .* are also in the training text of"):
+        run_recipe(recipe, recipe_dir=home, run_dir=copied, say=lambda _: None)
+
+
+def test_recall_is_probed_in_the_ids_of_the_recall_documents(finished: tuple[Path, Path, list[str]]) -> None:
+    home, *_ = finished
+    recipe = load_recipe(home / "tiny.yaml", ["stages.pretrain.data.source.1.vocabulary=64"])
+    probed = _probing(recipe.stages["evaluate"], recipe.stages["pretrain"].data)
+    assert probed.recall.vocabulary == 64
+    named = load_recipe(home / "tiny.yaml", ["stages.evaluate.recall.vocabulary=96", "stages.pretrain.data.source.1.vocabulary=64"])
+    assert _probing(named.stages["evaluate"], named.stages["pretrain"].data).recall.vocabulary == 96

@@ -12,6 +12,9 @@ def evaluate(
     path: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="RUN/STAGE, or a model folder.")],
     against: Annotated[str | None, typer.Option(help="A model beside it; by default its base.", show_default=False)] = None,
     data: Annotated[str | None, typer.Option(help="Text: a file, folder or glob.", show_default=False)] = None,
+    recall_vocabulary: Annotated[
+        int | None, typer.Option(min=32, help="Ids that recall probes use, if the model learnt recall on so many.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure a model beside its teacher."""
@@ -20,7 +23,7 @@ def evaluate(
     from limbeck.stages.evaluate import evaluate_path
 
     voice = (lambda thing: typer.echo(thing, err=True)) if as_json else say
-    results = evaluate_path(path, against=against, data=data, say=voice)
+    results = evaluate_path(path, against=against, data=data, recall_vocabulary=recall_vocabulary, say=voice)
     if as_json:
         import json
 

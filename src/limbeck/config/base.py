@@ -103,7 +103,17 @@ class PartOf:
         """One ``$ref`` for each registered part, told apart by ``kind``; a bare name stands for a part with its defaults."""
         references = {}
         for name in self.registry:
-            reference = handler(_named(self.registry.options(name)))
+            cls = self.registry.options(name)
+            schema = _named(cls)
+            if cls in _under_way:
+                # A part that holds parts of its own registry (a teacher in a teacher): its definition is being made above.
+                references[name] = handler(core_schema.definition_reference_schema(schema["schema"].get("ref") or schema["schema"]["schema_ref"]))
+                continue
+            _under_way.add(cls)
+            try:
+                reference = handler(schema)
+            finally:
+                _under_way.discard(cls)
             definition = handler.resolve_ref_schema(reference)
             if name != self.default and "kind" not in definition.setdefault("required", []):
                 definition["required"].insert(0, "kind")
@@ -118,7 +128,11 @@ class PartOf:
         return ", ".join(self.registry)
 
 
-def _named(cls: type[BaseModel]) -> core_schema.CoreSchema:
+_under_way: set[type[BaseModel]] = set()
+"""Classes whose JSON schema is being made."""
+
+
+def _named(cls: type[BaseModel]) -> Any:
     """The class's core schema under a reference of its own, so that the JSON schema holds it once, in ``$defs``."""
     schema: Any = cls.__pydantic_core_schema__
     definitions = schema["definitions"] if schema["type"] == "definitions" else []

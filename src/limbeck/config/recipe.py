@@ -12,7 +12,7 @@ from limbeck.config.base import From, Options, PartOf
 from limbeck.config.parts.stages import STAGES
 from limbeck.errors import Problem, did_you_mean
 
-_WITHOUT_MODEL = ("prepare", "evaluate")
+_WITHOUT_MODEL = ("prepare", "evaluate", "capture")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -52,6 +52,9 @@ def references(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
                         yield f"{path}.{name}.{i}".lstrip("."), other
             else:
                 yield from references(item, f"{path}.{name}".lstrip("."))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from references(item, f"{path}.{name}".lstrip("."))
     elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
             yield from references(item, f"{path}.{i}".lstrip("."))
@@ -66,7 +69,23 @@ def stage_problems(recipe: Recipe) -> list[Problem]:
             if target in recipe.stages and recipe.stages[target].grid and not path.startswith("data"):
                 message = f"stage {target!r} has a grid, so it is several results, not one: name a stage without a grid"
                 problems.append(Problem("", f"stages.{name}.{path}", message))
+        problems += signal_problems(recipe, name)
     return problems
+
+
+def signal_problems(recipe: Recipe, name: str) -> list[Problem]:
+    """What a stage's objectives need and the capture stage whose signals it reads does not store."""
+    stage = recipe.stages[name]
+    signals = getattr(getattr(stage, "teacher", None), "signals", None)
+    if not isinstance(signals, From) or getattr(recipe.stages.get(signals.from_), "kind", None) != "capture":
+        return []
+    capture = recipe.stages[signals.from_]
+    answers = [(o, capture.provides(need)) for o in getattr(stage, "objectives", ()) for need in o.needs()]
+    return [
+        Problem("", f"stages.{name}.teacher.signals", f"objective '{objective.kind}' needs {answer} by stage {signals.from_!r}: change one of them")
+        for objective, answer in answers
+        if answer is not True
+    ]
 
 
 def reference_problems(edges: dict[str, list[tuple[str, str]]], kinds: dict[str, str]) -> list[Problem]:
@@ -83,6 +102,9 @@ def reference_problems(edges: dict[str, list[tuple[str, str]]], kinds: dict[str,
                 hint = did_you_mean(target, edges) or ";"
                 message = f"no stage named {target!r}{hint} stages: {', '.join(edges)}"
                 problems.append(Problem("", f"stages.{name}.{path}", message))
+            elif path.endswith("signals.from"):
+                if (kind := kinds.get(target)) not in ("capture", None):
+                    problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it makes no signals"))
             elif (kind := kinds.get(target)) in _WITHOUT_MODEL and not path.startswith("data"):
                 problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it makes no model"))
             elif kind in ("evaluate", "export") and path == "data.from":

@@ -40,6 +40,7 @@ class TokenRows:
         self._tokens = np.memmap(side / "tokens.bin", dtype=self.info.dtype, mode="r")
         self._mask = np.memmap(side / "mask.bin", dtype=np.uint8, mode="r") if (side / "mask.bin").exists() else None
         self._starts = np.load(side / "pieces.npy", mmap_mode="r")
+        self._domains = np.load(side / "domains.npy", mmap_mode="r") if (side / "domains.npy").exists() else None
         if len(self._tokens) != self.num_tokens or int(self._starts[-1]) != self.num_tokens:
             raise DataError(f"{side}: tokens.bin, pieces.npy and meta.json disagree: remove {folder} and prepare again")
 
@@ -69,8 +70,15 @@ class TokenRows:
             counts_BT[:, :-1] &= self._mask[safe_BT[:, 1:]] != 0
         labels_BT = np.full_like(ids_BT, IGNORE)
         labels_BT[:, :-1] = np.where(counts_BT[:, :-1], ids_BT[:, 1:], IGNORE)
-        arrays = (ids_BT, labels_BT, at_BT - begins_BT, documents_BT)
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for array in arrays))
+        arrays = [ids_BT, labels_BT, at_BT - begins_BT, documents_BT]
+        if self._domains is not None:
+            domains_BT = torch.from_numpy(np.where(real_BT, self._domains[piece_BT], 0).astype(np.int64))
+            return Batch(*map(_tensor, arrays), domains_BT=domains_BT)
+        return Batch(*map(_tensor, arrays))
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
 
 
 def _hint(split: str) -> str:

@@ -47,6 +47,7 @@ class Preparation:
         self.options, self.out, self.say = options, out, say
         self.sources = build_sources(options, base_dir)
         self.shares = [source.options.share for source in self.sources]
+        self.domains = list(dict.fromkeys(source.options.domain for source in self.sources))
         self.made_up = [i for i, source in enumerate(self.sources) if isinstance(source, MadeUpSource)]
         self.text = [i for i in range(len(self.sources)) if i not in self.made_up]
         self.splits = SPLITS if options.held_out else SPLITS[:1]
@@ -87,6 +88,7 @@ class Preparation:
             pad=int(pad if pad is not None else self.eos or 0),
             tokenizer=tokenizer_digest(str(self.out / "tokenizer")),
             splits=sizes,
+            domains=self.domains,
             sources=[self._source_info(i, used) for i in range(len(self.sources))],
         )
         self.sides.clear()
@@ -232,7 +234,7 @@ class Preparation:
         sides, folder = self.sides[split], self.out / split
         folder.mkdir()
         masked = any(side.made_up and side.num_tokens for side in sides)
-        used, starts = [0] * len(sides), array("q", [0])
+        used, starts, domains = [0] * len(sides), array("q", [0]), bytearray()
         with open(folder / "tokens.bin", "wb") as tokens, open(folder / "mask.bin", "wb") as mask:
             for entry, start, stop in pack(entries, self.options.sequence):
                 side = sides[entry.source]
@@ -242,9 +244,12 @@ class Preparation:
                     mask.write(b"\1" * (stop - start) if side.mask is None else side.mask[at].tobytes())
                 used[entry.source] += stop - start
                 starts.append(starts[-1] + stop - start)
+                domains.append(self.domains.index(self.sources[entry.source].options.domain))
         if not masked:
             (folder / "mask.bin").unlink()
         np.save(folder / "pieces.npy", np.frombuffer(starts, dtype=np.int64))
+        if len(self.domains) > 1:
+            np.save(folder / "domains.npy", np.frombuffer(domains, dtype=np.uint8))
         np.save(folder / "hashes.npy", np.concatenate([np.frombuffer(side.hashes, dtype=np.uint64) for side in sides]))
         with open(folder / "names.jsonl", "wb") as names:
             for side in sides:

@@ -6,6 +6,7 @@ tokenizer/                    the tokenizer that made the ids
 train/  held_out/
     tokens.bin                uint16 or uint32, in packed order
     pieces.npy                int64 [P+1], where each document or piece of one begins in tokens.bin
+    domains.npy               uint8 [P], index of each piece's domain; only where there are several
     mask.bin                  uint8, 1 where the token counts as a target; only where made-up documents are mixed in
     hashes.npy                uint64 [N], blake2b of each document's text
     names.jsonl               N names, in the order of the hashes
@@ -79,6 +80,8 @@ class DataInfo:
     """Fingerprint of the tokenizer's files."""
     splits: dict[str, SplitInfo]
     sources: list[SourceInfo]
+    domains: list[str] = field(default_factory=lambda: ["text"])
+    """Names of the domains that documents belong to."""
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Size and SHA-256 by file."""
     format: int = FORMAT

@@ -31,6 +31,8 @@ def describe(row: Mapping[str, Any], num_steps: int) -> str:
     """One line for a metrics row; the most useful words first, so that a narrow terminal cuts the rest."""
     parts = [f"step {row['step']}/{num_steps}", f"loss {row['loss']:.4f}"]
     parts += [f"{name} {row[name]:.4f}" for name in ("kl", "ce", "agreement") if isinstance(row.get(name), float)]
+    waited = row.get("teacher_share", 0.0)
+    parts += [f"waits {100 * waited:.0f}%"] if waited > 0.01 else []
     parts += [f"eta {duration(row['eta_seconds'])}", f"{quantity(row['tokens_per_second'])} tok/s"]
     parts += [f"|g| {row['grad_norm']:.3g}", f"{row['memory_bytes'] / 1e9:.2f} GB"]
     return "  ".join(parts)

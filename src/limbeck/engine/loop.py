@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from limbeck.config.parts.stages import LoopOptions, OptimOptions
 from limbeck.engine import optim, schedule
-from limbeck.engine.batches import Rows, StepLoader, num_steps, padding_like, split
+from limbeck.engine.ahead import StepQueue, Upcoming
+from limbeck.engine.batches import Rows, StepLoader, num_steps, padding_like
 from limbeck.engine.checkpoint import Checkpoints, NoSpace, write_atomically
 from limbeck.engine.console import Progress, quantity
 from limbeck.engine.determinism import derive_seed, deterministic, seed_everything
@@ -31,9 +32,11 @@ from limbeck.engine.signals import StopFlag
 from limbeck.engine.step import TrainStep
 from limbeck.engine.validation import validate
 from limbeck.engine.window import Window
-from limbeck.errors import RunError
-from limbeck.types import Batch
+from limbeck.errors import LimbeckError, RunError, TeacherError
+from limbeck.types import Batch, Signal
 
+WAITING = 0.2
+"""Share of the time spent waiting for the teacher above which the run says so."""
 MAX_SKIPS = 10
 """Steps in a row that may be skipped for a non-finite gradient."""
 
@@ -59,12 +62,14 @@ class _Position:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """A step as all ranks see it: this rank's micro-batches (as many as any rank has), global counts and tokens."""
+    """A step as all ranks see it: this rank's micro-batches (as many as any rank has) with the answers that are here, global
+    counts and tokens, and why it is not done, if it is not."""
 
-    parts: list[Batch]
+    parts: list[tuple[Batch, Signal | None]]
     counts: list[int]
     tokens: int
     stopping: bool
+    failure: LimbeckError | None = None
 
 
 class Trainer:
@@ -103,6 +108,7 @@ class Trainer:
         self.voice = Progress(console if self.world.rank == 0 else None, title, self.total)
         self.at = _Position()
         self.window = Window()
+        self.advised = False
         self.weights = [float(o.weight) for o in step.objectives]
         step.to(self.world.device)
         self._shard(groups)
@@ -269,16 +275,21 @@ class Trainer:
         self.train_step.train()
         self.began, self.began_step = time.perf_counter(), self.at.step
         self.window = Window()
-        position, batch = self.loader.state(), self.loader.next_step()
+        queue = StepQueue(
+            self.loader, self.train_step, microbatch=self.options.microbatch, num_steps=self.total - self.at.step
+        )
         while self.at.step < self.total:
-            agreed = self._agree(batch, stop)
-            if agreed.stopping:
+            agreed = self._agree(queue.first(), stop)
+            if agreed.stopping or agreed.failure:
                 self._log(writer)
-                self._save(position, required=True)
+                self._save(queue.position, required=True)
+                if agreed.failure is not None:
+                    raise agreed.failure
                 return True
+            queue.advance()
             loss = self._accumulate(agreed)
             # The next rows are fetched while the device still works on the backward pass.
-            position, batch = self.loader.state(), self.loader.next_step()
+            queue.fill(1)
             self._apply(loss)
             self.at.step += 1
             self.at.tokens += agreed.tokens
@@ -290,33 +301,47 @@ class Trainer:
             if self.validation_rows is not None and every_validation and (last or self.at.step % every_validation == 0):
                 self._validate(writer)
             if saving:
-                self._save(position)
+                self._save(queue.position)
             elif last:
-                self._save(position, final=True)
+                self._save(queue.position, final=True)
         return False
 
-    def _agree(self, batch: Batch, stop: StopFlag) -> _Agreed:
-        """What ranks must know of each other before any forward.  One collective."""
-        parts = split(batch, self.options.microbatch)
+    def _agree(self, upcoming: Upcoming, stop: StopFlag) -> _Agreed:
+        """What ranks must know of each other before any forward.  One collective.
+
+        Answers that come from elsewhere are waited for first: what was not answered does not count.
+        """
+        parts: list[tuple[Batch, Signal | None]] = []
+        failure: LimbeckError | None = None
+        asked = time.perf_counter()
+        try:
+            parts = upcoming.answers(lambda: stop.reason is not None) or []
+        except TeacherError as error:
+            failure = error
+        self.window.teacher_seconds += time.perf_counter() - asked
         counts = [0] * len(self.weights)
         if parts:
-            counts = torch.stack([self.train_step.counts(part) for part in parts]).sum(0).tolist()
-        table = self.world.gather([*counts, batch.num_tokens, int(stop.reason is not None), len(parts)])
-        *totals, tokens, stops, _ = table.sum(0).tolist()
+            counts = torch.stack([self.train_step.counts(part) for part, _ in parts]).sum(0).tolist()
+        flags = [int(stop.reason is not None), int(failure is not None), len(parts)]
+        table = self.world.gather([*counts, upcoming.rows.num_tokens, *flags])
+        *totals, tokens, stops, failures, _ = table.sum(0).tolist()
+        if failures and failure is None:
+            failure = RunError("another rank has lost its teacher; its own message says why")
+        padding: list[tuple[Batch, Signal | None]] = [(padding_like(upcoming.rows), None)]
         most = int(table[:, -1].max())
-        return _Agreed([*parts, *[padding_like(batch)] * (most - len(parts))], totals, tokens, stops > 0)
+        return _Agreed([*parts, *padding * (most - len(parts))], totals, tokens, stops > 0, failure)
 
     def _accumulate(self, agreed: _Agreed) -> Tensor:
         """Gradients of a step; returns this rank's share of its loss.  The only division by a token count is here."""
         scales = [weight / max(count, 1) for weight, count in zip(self.weights, agreed.counts, strict=True)]
         loss: Tensor | float = 0.0
-        for part in agreed.parts:
-            part = part.to(self.world.device)
+        for rows, given in agreed.parts:
+            part = rows.to(self.world.device)
             with self._compute():
                 asked = time.perf_counter()
-                signal = self.train_step.signal(part)
+                part, signal = (part, given) if given is not None else self.train_step.answer(part)
                 self.window.teacher_seconds += time.perf_counter() - asked
-                metrics = self.train_step.run(part, signal, scales)
+                metrics = self.train_step.run(part, signal.to(self.world.device), scales)
             release_teacher(self.train_step)
             loss = loss + self.window.add(metrics)
         return torch.as_tensor(loss)
@@ -371,6 +396,8 @@ class Trainer:
         self.window = Window(started=now)
         if writer is None:
             return
+        elapsed = max(now - window.started, 1e-9)
+        self._advise(window.teacher_seconds / elapsed)
         row = {
             "step": self.at.step,
             "tokens": self.at.tokens,
@@ -379,14 +406,23 @@ class Trainer:
             **values,
             "grad_norm": window.norm,
             **{f"lr/{label}": rate for label, rate in window.rates.items()},
-            "tokens_per_second": window.tokens / max(now - window.started, 1e-9),
+            "tokens_per_second": window.tokens / elapsed,
             "memory_bytes": memory_bytes(self.world.device),
             "teacher_seconds": window.teacher_seconds,
+            "teacher_share": window.teacher_seconds / elapsed if hasattr(self.train_step.teacher, "submit") else 0.0,
+            **{f"teacher/{name}": value for name, value in getattr(self.train_step.teacher, "metrics", dict)().items()},
             "eta_seconds": per_step * (self.total - self.at.step),
             "time": time.time(),
         }
         writer.write(row)
         self.voice.update(row)
+
+    def _advise(self, waiting: float) -> None:
+        """Say once what to change when a run mostly waits for its teacher."""
+        advice = getattr(self.train_step.teacher, "advice", None)
+        if advice is not None and waiting > WAITING and not self.advised:
+            self.advised = True
+            self.voice.say(f"{100 * waiting:.0f}% of the time is spent waiting for the teacher: {advice()}")
 
     def _validate(self, writer: MetricsWriter | None) -> None:
         """Log the losses on held-out rows; the time it takes is not training time."""

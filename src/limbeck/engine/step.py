@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.needs import Need
-from limbeck.types import Batch, LossTerm, Metric, Signal, Teacher
+from limbeck.types import Batch, LossTerm, Metric, Pending, Signal, Teacher
 
 Metrics = dict[str, Metric]
 
@@ -95,9 +95,17 @@ class TrainStep(nn.Module):
             metrics[name] = (held[0] + total, held[1] + number)
         return share
 
-    def signal(self, batch: Batch) -> Signal:
-        """The teacher's answer for one micro-batch; empty without a teacher."""
-        return self.ask("signal", batch, self.needs) if self.teacher is not None and self.needs else Signal()
+    def submit(self, batch: Batch) -> Pending | None:
+        """Ask a teacher that answers later; None if there is no such teacher."""
+        early = getattr(self.teacher, "submit", None)
+        return early(batch, self.needs) if early is not None and self.needs else None
+
+    def answer(self, batch: Batch) -> tuple[Batch, Signal]:
+        """The teacher's answer for one micro-batch, empty without a teacher; the batch with what was not answered masked."""
+        pending = self.submit(batch)
+        if pending is not None:
+            return pending.result()
+        return batch, self.ask("signal", batch, self.needs) if self.teacher is not None and self.needs else Signal()
 
     def forward(self, batch: Batch, signal: Signal, scales: Sequence[float]) -> tuple[Tensor, Metrics]:
         """``(sum_i scales[i] * objective_i, metrics)``; metrics are detached ``(sum, count)`` pairs, the loss has count 0."""
@@ -128,9 +136,9 @@ class StreamingTrainStep(TrainStep):
         super().__init__(student, (objective,), teacher)
         self.mixers: dict[int, nn.Module] = dict(cast(Any, student).mixers())
 
-    def signal(self, batch: Batch) -> Signal:
+    def answer(self, batch: Batch) -> tuple[Batch, Signal]:
         """Nothing: the teacher answers while it runs."""
-        return Signal()
+        return batch, Signal()
 
     def run(self, batch: Batch, signal: Signal, scales: Sequence[float]) -> Metrics:
         """One pass of the teacher; every visited layer that has a mixer is trained on the spot."""

@@ -32,8 +32,8 @@ def validate(step: TrainStep, rows: Rows, *, wanted: int, size: int, world: Worl
     step.eval()
     with untouched_rng(), torch.no_grad(), autocast(world.device, precision):
         for batch in held_out_batches(rows, min(wanted, len(rows)), size, world):
-            batch = batch.to(world.device)
-            window.add(step.run(batch, step.signal(batch), [0.0] * len(step.objectives)))
+            batch, signal = step.answer(batch.to(world.device))
+            window.add(step.run(batch, signal.to(world.device), [0.0] * len(step.objectives)))
             release_teacher(step)
     step.train()
     values, _ = window.fetch(world)

@@ -14,7 +14,33 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from limbeck.evaluation.speed import attention_modules
-from limbeck.models.structure import AttentionView, attention_view
+from limbeck.models.structure import AttentionView, attention_slot, attention_view, decoder_layers
+
+
+def retrieval_layers(model: Any, ids: np.ndarray, *, distance: int, rows: int = 4, above: float = 0.3) -> list[int]:
+    """Layers with a head that looks things up, also those that do so only while the layers before them are silent.
+
+    A layer that finds the answer already there need not look ("backup" heads: Wang et al. 2022, arXiv 2211.00593); a hybrid that
+    loses the first one needs the second.  So the layers found are silenced, one after the other, and the rest is looked at again.
+    """
+    layers = decoder_layers(model)
+    found: list[int] = []
+    handles = []
+    try:
+        while fresh := [
+            index for index, _, _ in retrieval_heads(model, ids, distance=distance, rows=rows, above=above) if index not in found
+        ]:
+            index = min(fresh)
+            found.append(index)
+            handles.append(getattr(layers[index], attention_slot(layers[index])).register_forward_hook(_silence))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(found)
+
+
+def _silence(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
 @torch.no_grad()

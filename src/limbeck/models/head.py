@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -9,8 +10,8 @@ from limbeck.errors import ModelError
 from limbeck.types import Head
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    """The output projection with what its family does to the logits.
+def head_of(model: PreTrainedModel, num_ids: int | None = None) -> Head:
+    """The output projection with what its family does to the logits; rows from ``num_ids`` on are masked as padding.
 
     Gemma caps them (``final_logit_softcapping``), Cohere multiplies them by ``logit_scale``, Granite divides them by
     ``logits_scaling``.  :func:`limbeck.models.packed.leak_probe` checks the result against the model's own logits.
@@ -27,11 +28,15 @@ def head_of(model: PreTrainedModel) -> Head:
     if getattr(config, "logits_scaling", None) is not None:
         scale /= float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None)
+    rows, mask_V = projection.weight.shape[0], None
+    if num_ids is not None and num_ids < rows:
+        mask_V = torch.arange(rows, device=projection.weight.device) < num_ids
     return Head(
         weight_VD=projection.weight,
         bias_V=getattr(projection, "bias", None),
         softcap=None if softcap is None else float(softcap),
         scale=scale,
+        vocab_mask_V=mask_V,
     )
 
 

@@ -21,6 +21,24 @@ def check_vocabulary(tokenizer: Any, model: Any, *, who: str) -> None:
         )
 
 
+def shared_ids(tokenizer: Any, student: Any, teacher: Any) -> int:
+    """Number of output rows that student and teacher have in common; what one of them has beyond is padding.
+
+    Heads are padded to different widths for the same tokens (Qwen2.5: 151,936 and 152,064).  That what lies beyond the narrower
+    head is padding is checked against the tokens: one that the tokenizer knows must not be lost.
+    """
+    rows = {who: model.get_output_embeddings().weight.shape[0] for who, model in (("student", student), ("teacher", teacher))}
+    narrow = min(rows, key=rows.__getitem__)
+    beyond = sorted(index for index in tokenizer.get_vocab().values() if index >= rows[narrow])
+    if beyond:
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        raise ModelError(
+            f"the {narrow} has {rows[narrow]} output rows, and the tokenizer has {len(beyond)} tokens beyond them (first: id {beyond[0]}, "
+            f"{token!r}): the heads cannot be compared; use a {narrow} whose head covers the tokenizer"
+        )
+    return rows[narrow]
+
+
 def compare_vocabularies(ours: Any, theirs: Any, *, names: tuple[str, str]) -> None:
     """Refuse two tokenizers whose common ids are not the same token strings; a longer tail on their side is allowed."""
     a, b = ({index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (ours, theirs))

@@ -66,15 +66,31 @@ class StageContext:
             stage: Any = self.stage_options(data.from_)
             if stage.kind == "prepare":
                 return self.artefact(data.from_, "data"), stage.data
-            if stage.kind == "train":
+            if stage.kind in ("train", "capture"):
                 return self.data(stage.data)
             raise DataError(
-                f"stage '{self.name}': data.from names stage '{data.from_}' of kind '{stage.kind}', which has no data; name a prepare or train stage"
+                f"stage '{self.name}': data.from names stage '{data.from_}' of kind '{stage.kind}', which has no data; name a prepare, train or capture stage"
             )
         tokenizer = None if isinstance(data.tokenizer, TrainTokenizer) else self.locate(data.tokenizer)
         folder = self.run_dir / "data" / content_key(data, tokenizer=tokenizer, base_dir=self.recipe_dir)
         self.once(lambda: prepare(data, folder, tokenizer=tokenizer, base_dir=self.recipe_dir, progress=self.say))
         return folder, data
+
+    def lineage(self, stage: str) -> list[str]:
+        """The train stages whose weights a train stage's student goes on from, nearest first."""
+        student: Any = getattr(self.stage_options(stage), "student", None)
+        if student is None:
+            return []
+        before = student.base.from_ if isinstance(student.base, From) else student.from_
+        return [] if before is None else [before, *self.lineage(before)]
+
+    def check_unseen(self, stage: str, folder: Path) -> None:
+        """Refuse a held-out text of which the student of ``stage`` met documents in training, there or in an earlier stage."""
+        from limbeck.data.dataset import check_disjoint
+
+        for seen in [stage, *self.lineage(stage)]:
+            trained: Any = self.stage_options(seen)
+            check_disjoint(self.data(trained.data)[0], folder)
 
     def once(self, work: Callable[[], Any]) -> None:
         """Do something on the first rank while the others wait."""

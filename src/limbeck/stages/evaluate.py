@@ -11,7 +11,7 @@ from limbeck.config.base import From
 from limbeck.config.parts.sources import StdlibSourceOptions
 from limbeck.config.parts.stages import DataOptions, EvaluateStageOptions
 from limbeck.config.parts.surgeries import SURGERIES
-from limbeck.data.dataset import TokenRows, check_disjoint
+from limbeck.data.dataset import TokenRows
 from limbeck.engine.parallel import World
 from limbeck.errors import RunError
 from limbeck.evaluation.evaluate import evaluate_models
@@ -39,9 +39,8 @@ class EvaluateStage:
         trained: Any = self.context.stage_options(self.options.from_)
         folder, chosen = self.context.data(trained.data)
         if data is not None:
-            trained_on = folder
             folder, chosen = self.context.data(data)
-            check_disjoint(trained_on, folder)
+        self.context.check_unseen(self.options.from_, folder)
         self.context.once(lambda: self._run(folder, chosen))
 
     def _run(self, data_folder: Path, data: DataOptions) -> None:
@@ -62,7 +61,7 @@ class EvaluateStage:
             else:
                 models[name] = load_model(str(trained_model(context, name)))
         models[options.from_] = load_model(str(folder))
-        context.facts["result"] = _measure(models, data_folder, options, teacher, context.folder, context.say)["summary"]
+        context.facts["result"] = _measure(models, data_folder, _probing(options, data), teacher, context.folder, context.say)["summary"]
 
 
 def _teacher_source(context: StageContext, trained: Any, folder: Path) -> str:
@@ -95,6 +94,16 @@ def copy_initialised(folder: Path, seed: int) -> Any:
         return wrap_student(load_model(base_of(folder)), surgery, record["base"])
 
 
+def _probing(options: EvaluateStageOptions, data: DataOptions) -> EvaluateStageOptions:
+    """Probes in the ids of the recall documents that the data hold, where the recipe names no others."""
+    if options.recall is None or options.recall.vocabulary is not None:
+        return options
+    known = [source.vocabulary for source in data.source if source.kind == "recall" and source.vocabulary is not None]
+    if not known:
+        return options
+    return options.model_copy(update={"recall": options.recall.model_copy(update={"vocabulary": min(known)})})
+
+
 def _measure(
     models: dict[str, Any], data_folder: Path, options: EvaluateStageOptions, teacher: str | None, out: Path, say: Say
 ) -> dict[str, Any]:
@@ -108,17 +117,20 @@ def _measure(
     return results
 
 
-def evaluate_path(path: Path, *, against: str | None = None, data: str | None = None, say: Say = print) -> dict[str, Any]:
+def evaluate_path(
+    path: Path, *, against: str | None = None, data: str | None = None, recall_vocabulary: int | None = None, say: Say = print
+) -> dict[str, Any]:
     """Evaluate a model folder, or a train stage of a run, beside ``against`` (by default its base, where it has one).
 
     ``data`` is text (a file, folder or glob); by default the held-out text of the run, else the standard library.
+    ``recall_vocabulary`` is the number of ids that recall probes use (:class:`RecallOptions`).
     """
     path = path.resolve()
     run_stage = path if (path / "stage.json").exists() else path.parent if (path.parent / "stage.json").exists() else None
     folder = path / "model" if (path / "model").is_dir() else path
     if not (folder / "config.json").exists():
         raise RunError(f"{path}: neither a model folder (no config.json) nor a finished train stage of a run")
-    options = EvaluateStageOptions.model_validate({"from": "model", "against": ()})
+    options = EvaluateStageOptions.model_validate({"from": "model", "against": (), "recall": {"vocabulary": recall_vocabulary}})
     models: dict[str, Any] = {}
     teacher = None
     if against is None and (base := _base_or_none(folder)):
@@ -127,8 +139,8 @@ def evaluate_path(path: Path, *, against: str | None = None, data: str | None = 
         models["teacher"], teacher = load_model(resolve_source(against)), "teacher"
     models["model"] = load_model(str(folder))
     context, chosen = _evaluation_data(folder, run_stage, data, say)
-    data_folder, _ = context.data(chosen)
-    return _measure(models, data_folder, options, teacher, context.folder, say)
+    data_folder, prepared = context.data(chosen)
+    return _measure(models, data_folder, _probing(options, prepared), teacher, context.folder, say)
 
 
 def _base_or_none(folder: Path) -> str | None:

@@ -27,12 +27,12 @@ def quickstart(
     began = time.monotonic()
     overrides = []
     if train_teacher:
-        short = ["pretrain.loop.tokens=64k", "evaluate.rows=4"] if quick else []
+        short = ["pretrain.loop.tokens=64k", "spread.loop.tokens=16k", "evaluate.rows=4"] if quick else []
         taught = run_recipe(
             load_recipe("pretrain", short), recipe_dir=Path.cwd(), run_dir=directory / "pretrain", say=say, console=console
         )
         # Quoted: an override's value is read as YAML.
-        model = json.dumps(str(taught / "pretrain" / "model"))
+        model = json.dumps(str(taught / "spread" / "model"))
         overrides += [
             f"align.student.base={model}",
             f"align.data.tokenizer={model}",

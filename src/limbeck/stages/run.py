@@ -246,9 +246,17 @@ def _key(recipe: Recipe, name: str, recipe_dir: Path) -> str:
 
 
 def _sources(options: Any) -> list[str]:
-    student, teacher = getattr(options, "student", None), getattr(options, "teacher", None)
-    named = [getattr(student, "base", None), getattr(teacher, "model", None)]
+    local = [teacher.model for teacher in _teachers(getattr(options, "teacher", None)) if teacher.kind == "local"]
+    named = [getattr(getattr(options, "student", None), "base", None), *local]
     return [source for source in named if isinstance(source, str)]
+
+
+def _teachers(options: Any) -> Iterator[Any]:
+    """A teacher's options and those of the teachers in it."""
+    if options is not None:
+        yield options
+        for inner in [getattr(options, "teacher", None), *getattr(options, "teachers", {}).values()]:
+            yield from _teachers(inner)
 
 
 def _listing(path: Path) -> dict[str, Any]:

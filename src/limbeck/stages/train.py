@@ -10,18 +10,20 @@ import torch
 from limbeck.config.parts.objectives import OBJECTIVES
 from limbeck.config.parts.stages import StudentOptions, TrainStageOptions
 from limbeck.config.parts.teachers import TEACHERS
-from limbeck.data.dataset import TokenRows, check_disjoint
+from limbeck.data.dataset import TokenRows
 from limbeck.data.loader import Loader
 from limbeck.engine.loop import Trainer
 from limbeck.engine.parallel import full_state_dict
 from limbeck.engine.step import StreamingTrainStep, TrainStep
 from limbeck.errors import RunError
 from limbeck.models.loading import load_tokenizer
-from limbeck.models.vocabulary import check_vocabulary
+from limbeck.models.vocabulary import check_vocabulary, compare_vocabularies, shared_ids
 from limbeck.needs import AttentionStream, merge_needs
 from limbeck.stages.context import StageContext
 from limbeck.stages.folder import digest
+from limbeck.stages.teaching import build_teacher
 from limbeck.students.selection import parameter_groups, select_trainable
+from limbeck.students.stochastic_depth import skip_attention
 from limbeck.students.student import Student, build_student
 
 
@@ -38,16 +40,18 @@ class TrainStage:
         folder, data = context.data(options.data)
         rows = TokenRows(folder, "train")
         held_out = TokenRows(folder, "held_out") if data.held_out else None
-        check_disjoint(folder, folder)
+        context.check_unseen(context.name, folder)
         tokenizer_source = str(folder / "tokenizer")
 
         dtype = torch.float64 if options.loop.precision == "float64" else torch.float32
         device = context.world.device
         student = student_of(context, options.student, seed=options.seed, dtype=dtype).to(device)
+        if options.student.skip_attention:
+            skip_attention(student.model, options.student.skip_attention)
         check_vocabulary(load_tokenizer(tokenizer_source), student.model, who="the student")
-        teacher = self._teacher(student, device)
-        if teacher is not None:
-            self._check_teacher_vocabulary(teacher.source, tokenizer_source)
+        teacher = self._teacher(student, device, tokenizer_source)
+        if hasattr(teacher, "source"):
+            self._share_vocabulary(student, teacher, tokenizer_source)
 
         objectives = [OBJECTIVES.build(objective) for objective in options.objectives]
         needs = merge_needs(need for objective in options.objectives for need in objective.needs())
@@ -85,14 +89,17 @@ class TrainStage:
             title=context.name,
             identity={"data": folder.name, "teacher": digest(teacher.fingerprint()) if teacher else "none"},
         )
-        result = trainer.run()
+        try:
+            result = trainer.run()
+        finally:
+            getattr(teacher, "close", lambda: None)()
         context.facts["result"] = {"loss": result.loss, "tokens": result.tokens, "steps": result.steps}
         if result.exit_reason != "finished":
             raise KeyboardInterrupt(result.exit_reason)
         state = full_state_dict(student.model)
         context.once(lambda: student.save(context.folder / "model", tokenizer_source=tokenizer_source, state_dict=state))
 
-    def _teacher(self, student: Student, device: torch.device) -> Any:
+    def _teacher(self, student: Student, device: torch.device, tokenizer_source: str) -> Any:
         options = self.options.teacher
         if options is None:
             return None
@@ -104,16 +111,17 @@ class TrainStage:
                 )
             teacher = TEACHERS.build(options, student.base_source, student.base_revision)
         else:
-            teacher = TEACHERS.build(options, self.context.locate(options.model) if hasattr(options, "model") else None)
+            num_ids = max(load_tokenizer(tokenizer_source).get_vocab().values()) + 1
+            teacher = build_teacher(self.context, options, num_ids=num_ids)
         teacher.load(device)
         return teacher
 
-    def _check_teacher_vocabulary(self, source: str, tokenizer_source: str) -> None:
-        from limbeck.models.vocabulary import compare_vocabularies
-
-        compare_vocabularies(
-            load_tokenizer(tokenizer_source), load_tokenizer(source), names=("the data", f"the teacher {source}")
-        )
+    def _share_vocabulary(self, student: Student, teacher: Any, tokenizer_source: str) -> None:
+        """Compare token strings, and mask the rows that only one of two padded heads has."""
+        tokenizer = load_tokenizer(tokenizer_source)
+        compare_vocabularies(tokenizer, load_tokenizer(teacher.source), names=("the data", f"the teacher {teacher.source}"))
+        if hasattr(teacher, "num_ids"):
+            teacher.num_ids = student.num_ids = shared_ids(tokenizer, student.model, teacher.module)
 
 
 def student_of(context: StageContext, options: StudentOptions, *, seed: int, dtype: torch.dtype) -> Student:

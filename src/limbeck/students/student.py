@@ -34,6 +34,8 @@ class Student(nn.Module):
         super().__init__()
         self.model: Any = model
         self._source = source
+        self.num_ids: int | None = None
+        """Output rows that count, where the teacher's head is narrower than the student's."""
         leak_probe(model)
 
     @property
@@ -61,7 +63,7 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """Final hidden states of packed rows, and the head."""
-        return Output(forward_packed(self.model, batch), head_of(self.model))
+        return Output(forward_packed(self.model, batch), head_of(self.model, self.num_ids))
 
     def mixers(self) -> dict[int, nn.Module]:
         """Mixers by layer index."""

@@ -44,6 +44,8 @@ class SourceOptions(Part):
     """Which documents are kept."""
     limit: Count | None = None
     """At most this many documents."""
+    domain: str = Field("text", min_length=1)
+    """Name by which a `mixture` teacher knows these documents."""
 
 
 @SOURCES.register("limbeck.data.sources:TextSource")

@@ -11,6 +11,7 @@ from limbeck.config.parts.objectives import OBJECTIVES
 from limbeck.config.parts.sources import SOURCES
 from limbeck.config.parts.surgeries import SURGERIES
 from limbeck.config.parts.teachers import TEACHERS, ModelSource
+from limbeck.needs import Need, TopK
 from limbeck.registry import Registry
 
 STAGES = Registry("stage")
@@ -60,6 +61,9 @@ class StudentOptions(Options):
     train: Annotated[tuple[str, ...], OneOrMany()] = ("all",)
     """What trains: roles given by the surgery (`mixers`, `rest`), `all`, or parameter-name patterns such as
     `model.layers.*.mlp.*`."""
+    skip_attention: float = Field(0.0, ge=0, lt=1)
+    """In training each row skips a layer's attention with this probability in the last layer, falling linearly to none in
+    the first (stochastic depth): what one layer alone could do is learnt by a second."""
     revision: str | None = None
     """Revision of a hub model."""
 
@@ -238,6 +242,58 @@ class TrainStageOptions(StageOptions):
         return self
 
 
+@STAGES.register("limbeck.stages.capture:CaptureStage")
+class CaptureStageOptions(StageOptions):
+    """Ask a teacher about a text once and store what it says, for `teacher: {kind: stored, signals: {from: stage}}`."""
+
+    kind: Literal["capture"] = "capture"
+    data: DataOptions | From
+    """The text, or `{from: stage}`.  Only positions that losses use are asked about and stored."""
+    teacher: Annotated[Any, PartOf(TEACHERS)]
+    """Who is asked: `local` or `http`."""
+    k: int = Field(64, ge=0)
+    """Likeliest ids kept at each position."""
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
+    """Temperatures at which objectives can use the signals: a logarithm of the partition sum is kept for each."""
+    samples: int = Field(0, ge=0)
+    """Ids drawn at each position from what the kept ones leave, at the first temperature."""
+    codec: Literal["exact", "fp16", "compact"] = "compact"
+    """Values in fp32, in fp16, or in a byte each (about 183 bytes a token at k = 64, 332 at 128, and a KL error below
+    1e-4 nat)."""
+    splits: tuple[Literal["train", "held_out"], ...] = Field(("train", "held_out"), min_length=1)
+    """Sides of the text."""
+    batch_tokens: Count | None = None
+    """Score so many tokens of documents together; by default each document on its own, which makes its answer independent of
+    all others, as a cache needs it."""
+
+    @model_validator(mode="after")
+    def _askable(self) -> CaptureStageOptions:
+        if self.teacher.kind not in ("local", "http"):
+            raise ValueError(f"teacher '{self.teacher.kind}' cannot be captured: `local` and `http` can; of a mixture, capture each teacher")
+        if not self.k and not self.samples:
+            raise ValueError("nothing to store: set `k`, `samples` or both")
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures {list(self.temperatures)} name one twice")
+        answer = self.teacher.provides(TopK(self.k, self.temperatures, self.samples))
+        if answer is not True:
+            raise ValueError(str(answer))
+        return self
+
+    def provides(self, need: Need) -> bool | str:
+        """Whether a `stored` teacher of these signals answers a need."""
+        if not isinstance(need, TopK):
+            return f"captured signals do not provide {type(need).__name__}"
+        if need.k > self.k:
+            return f"k = {need.k}, and k = {self.k} are captured"
+        if need.samples and (need.k, need.temperatures[0]) != (self.k, self.temperatures[0]):
+            return f"samples beside k = {need.k} at T = {need.temperatures[0]:g}, and they are drawn beside {self.k} at {self.temperatures[0]:g}"
+        if need.samples > self.samples:
+            return f"{need.samples} samples, and {self.samples} are captured"
+        if not set(need.temperatures) <= set(self.temperatures) and (need.exact or 1.0 not in self.temperatures):
+            return f"temperatures {list(need.temperatures)}, and {list(self.temperatures)} are captured"
+        return True
+
+
 class RecallOptions(Options):
     """Recall probes: made-up rows that can only be predicted by looking back."""
 
@@ -248,8 +304,8 @@ class RecallOptions(Options):
     rows: int = Field(16, ge=1)
     """Rows a probe and distance."""
     vocabulary: int | None = Field(None, ge=32)
-    """How many ids are used, the tokenizer's first ordinary ones, all by default: as in the recall source that the
-    teacher was trained on."""
+    """How many ids are used, the tokenizer's first ordinary ones; by default as many as the recall source of the data uses,
+    all of them where there is none."""
 
 
 class SpeedOptions(Options):
