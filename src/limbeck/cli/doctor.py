@@ -1,4 +1,4 @@
-"""``limbeck doctor``: can this machine do the work?"""
+"""``limbeck doctor``: can this machine, or a teacher elsewhere, do the work?"""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from limbeck.errors import TeacherError
 
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "PyYAML", "typer", "rich")
 _OPTIONAL = {
@@ -18,12 +21,28 @@ _OPTIONAL = {
     "pyarrow": "parquet files",
     "flash-linear-attention": "linear-attention kernels for CUDA",
     "triton": "needed by flash-linear-attention",
+    "httpx2": "teachers over HTTP",
 }
 _LOW_DISK = 5 * 2**30
 
 
-def doctor() -> None:
-    """Look at this machine, its packages and backends."""
+def doctor(
+    teacher: Annotated[
+        str | None, typer.Option(metavar="URL", help="Try a served teacher instead: is it there, what can it do?", show_default=False)
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="What it speaks: limbeck, vllm, sglang or seed.")] = "limbeck",
+    model: Annotated[str | None, typer.Option(help="Its name of the model (vLLM).", show_default=False)] = None,
+    token_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable that holds its token.", show_default=False)
+    ] = None,
+) -> None:
+    """Look at this machine, its packages and backends, or at a served teacher.
+
+    limbeck doctor --teacher http://127.0.0.1:8000 --protocol vllm
+    """
+    if teacher is not None:
+        _try_teacher({"url": teacher, "protocol": protocol, "model": model, "token_env": token_env})
+        return
     problems: list[str] = []
     _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in _NEEDED:
@@ -46,6 +65,30 @@ def doctor() -> None:
         typer.echo("verdict: " + "; ".join(problems))
         raise typer.Exit(2)
     typer.echo("verdict: ready (`limbeck quickstart` is a real distillation on this machine)")
+
+
+def _try_teacher(settings: dict[str, Any]) -> None:
+    """Connect, probe, print what was found; an error ends with its message and code 2."""
+    from pydantic import ValidationError
+
+    from limbeck.config.messages import findings
+    from limbeck.config.parts.teachers import HttpTeacherOptions
+
+    try:
+        options = HttpTeacherOptions.model_validate(settings)
+    except ValidationError as error:
+        found = findings(HttpTeacherOptions, settings, error.errors())
+        raise TeacherError("\n".join(f"{'.'.join(map(str, f.path))}: {f.message}" for f in found)) from None
+    from limbeck.teachers.http.teacher import HttpTeacher
+
+    served = HttpTeacher(options)
+    try:
+        served.load()
+        for line in served.summary:
+            typer.echo(line)
+    finally:
+        served.close()
+    typer.echo("\nverdict: ready")
 
 
 def _torch_lines() -> list[str]:

@@ -24,7 +24,7 @@ class AttentionAlignment:
     name = "attention_alignment"
 
     def __init__(self, options: AttentionAlignmentOptions):
-        self.weight = options.weight
+        self.weight, self.schedule = options.weight_at(0), options.schedule
         self.loss = options.loss
         self.calibration_batches = options.calibration_batches if options.loss == "relative_mse" else 0
         self._power: dict[int, Tensor] = {}

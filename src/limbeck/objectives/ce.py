@@ -15,7 +15,7 @@ class CrossEntropy:
     name = "ce"
 
     def __init__(self, options: CrossEntropyOptions):
-        self.weight = options.weight
+        self.weight, self.schedule = options.weight_at(0), options.schedule
         self.chunk = options.chunk
 
     def count(self, batch: Batch) -> Tensor:

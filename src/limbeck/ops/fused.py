@@ -1,25 +1,36 @@
-"""Output projection and loss in one: cross-entropy and forward KL that never hold ``[tokens, vocabulary]``.
+"""Output projection and loss in one: losses on ``[tokens, vocabulary]`` that never hold it.
 
-Only the rows that count are projected, a chunk at a time.  A softmax loss's gradient with respect to its logits is ``p -
-t``, known as soon as the logits are, so it is formed in place in the forward pass, multiplied by the head there, and kept as
-``[tokens, D]``; the backward pass only scales.  A frozen head costs no gradient of its own.  Sums and softmax are fp32 (fp64
-for fp64 inputs) whatever the products are computed in.
+Only the rows that count are projected, a chunk at a time.  A softmax loss's gradient with respect to its logits is known as
+soon as the logits are (``p - t`` for cross-entropy and forward KL), so it is formed in place in the forward pass, multiplied
+by the head there, and kept as ``[tokens, D]``; the backward pass only scales.  A frozen head costs no gradient of its own.
+Sums and softmax are fp32 (fp64 for fp64 inputs) whatever the products are computed in.  A loss is a :data:`Target`;
+:func:`fused` walks the chunks.  The other divergences are in :mod:`~limbeck.ops.divergences` and
+:mod:`~limbeck.ops.topk_divergence`.
 
-Shape legend: N tokens, D width, V vocabulary.
+Shape legend: N tokens, n tokens that count, D width, V vocabulary, K kept ids, C columns (V, or K ids of each row's own).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, Partial
 
-from limbeck.errors import DataError, ModelError
+from limbeck.errors import DataError
+from limbeck.ops.projection import (
+    Projection,
+    chunk_for,
+    common_vocabulary,
+    exponentiate,
+    logits_of,
+    project_with,
+    shift,
+    whole_head,
+)
 from limbeck.types import IGNORE, Head
 
 
@@ -32,18 +43,20 @@ class FusedMetrics:
     count: Tensor
     """Tokens that counted."""
     kl: Tensor
-    """KL from the target to the student in nats, at the loss's temperature without T squared; for cross-entropy the loss."""
+    """The divergence in nats, at the loss's temperature without T squared (KL for KL; for cross-entropy the loss)."""
 
 
-def linear_cross_entropy(hidden_ND: Tensor, head: Head, labels_N: Tensor, *, chunk: int = 1024) -> tuple[Tensor, FusedMetrics]:
+def linear_cross_entropy(
+    hidden_ND: Tensor, head: Head, labels_N: Tensor, *, chunk: int | None = None
+) -> tuple[Tensor, FusedMetrics]:
     """Summed next-token cross-entropy in nats over the rows whose label is not ``IGNORE``.
 
-    ``chunk`` is the number of tokens whose logits exist at one time.  Gradients flow to the hidden states, the head's weight
-    and bias. A label that the head does not have raises :class:`DataError`.
+    ``chunk`` is the number of tokens whose logits exist at one time (None: by the device).  Gradients flow to the hidden
+    states, the head's weight and bias. A label that the head does not have raises :class:`DataError`.
     """
     rows_n = (labels_N != IGNORE).nonzero().squeeze(1)
     labels_n = labels_N[rows_n]
-    width, mask_V = _common_vocabulary([head])
+    width, mask_V = common_vocabulary([head])
     known_n = (labels_n >= 0) & (labels_n < width)
     if mask_V is not None:
         known_n &= mask_V[labels_n.clamp(0, width - 1)]
@@ -56,13 +69,14 @@ def linear_cross_entropy(hidden_ND: Tensor, head: Head, labels_N: Tensor, *, chu
 
     def target(logits_nV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         labels = labels_n[part, None]
-        guesses = _shift(logits_nV)
+        guesses = shift(logits_nV)
         picked = logits_nV.gather(1, labels)
-        total = _exponentiate(logits_nV)
+        total = exponentiate(logits_nV)
         logits_nV.scatter_add_(1, labels, torch.full_like(picked, -1))
         return (total.log() - picked).squeeze(1), guesses == labels.squeeze(1)
 
-    return _fused(hidden_ND, head, rows_n, target, 1.0, width, mask_V, chunk)
+    loss, (ce, agreement) = fused(hidden_ND, head, rows_n, target, 1.0, width, mask_V, chunk)
+    return loss, FusedMetrics(agreement, torch.tensor(rows_n.numel(), device=rows_n.device), ce)
 
 
 def linear_kl(
@@ -73,51 +87,63 @@ def linear_kl(
     mask_N: Tensor,
     *,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> tuple[Tensor, FusedMetrics]:
     """``T^2 * sum KL(teacher || student)`` in nats over the rows where ``mask_N`` is True, both tempered by ``T``.
 
-    ``chunk`` is the number of tokens whose logits exist at one time (three buffers of ``[chunk, V]``).  Gradients flow to
-    the student's hidden states, weight and bias, never to the teacher.  The vocabularies may be padded to different widths:
-    ids masked on either side have no probability on both, and an id that only one head has must be masked, else
-    :class:`ModelError`.
+    ``chunk`` is the number of tokens whose logits exist at one time (None: by the device; three buffers of ``[chunk, V]``).
+    Gradients flow to the student's hidden states, weight and bias, never to the teacher.  The vocabularies may be padded to
+    different widths: ids masked on either side have no probability on both, and an id that only one head has must be masked,
+    else :class:`ModelError`.
+    """
+
+    def forward_kl(logits_nV: Tensor, expected_nV: Tensor) -> Tensor:
+        teacher_nV = expected_nV.clone()
+        teacher_total = exponentiate(teacher_nV)
+        gap = expected_nV.sub_(logits_nV).mul_(teacher_nV).sum(1, keepdim=True)
+        total = exponentiate(logits_nV)
+        logits_nV.sub_(teacher_nV)
+        return (gap - teacher_total.log() + total.log()).squeeze(1)
+
+    return against_teacher(student_ND, student_head, teacher_ND, teacher_head, mask_N, forward_kl, temperature, chunk)
+
+
+def against_teacher(
+    student_ND: Tensor,
+    student_head: Head,
+    teacher_ND: Tensor,
+    teacher_head: Head,
+    mask_N: Tensor,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    temperature: float,
+    chunk: int | None,
+) -> tuple[Tensor, FusedMetrics]:
+    """``T^2 * sum divergence`` over the rows of a mask; the arguments are those of :func:`linear_kl`.
+
+    ``divergence(logits_nV, expected_nV)`` gets both sides' tempered logits with maximum 0, gives nats per row, turns the first
+    into the gradient with respect to it in place and may use the second up.
     """
     rows_n = mask_N.nonzero().squeeze(1)
-    width, mask_V = _common_vocabulary([student_head, teacher_head])
-    accumulate = _accumulate_dtype(student_ND, student_head.weight_VD)
-    teacher = _projection(teacher_ND, _local(teacher_head), width, mask_V, temperature, accumulate)
+    width, mask_V = common_vocabulary([student_head, teacher_head])
+    teacher = project_with(teacher_ND, whole_head(teacher_head), width, mask_V, temperature)
 
     def target(logits_nV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        expected_nV, _ = _logits(teacher_ND.detach()[rows_n[part]], teacher)
-        agree = _shift(logits_nV) == _shift(expected_nV)
-        teacher_nV = expected_nV.clone()
-        teacher_total = _exponentiate(teacher_nV)
-        gap = expected_nV.sub_(logits_nV).mul_(teacher_nV).sum(1, keepdim=True)
-        total = _exponentiate(logits_nV)
-        logits_nV.sub_(teacher_nV)
-        return (gap - teacher_total.log() + total.log()).squeeze(1), agree
+        expected_nV, _ = logits_of(teacher_ND.detach()[rows_n[part]], teacher)
+        # Sums of both sides have one dtype: that of the wider.
+        expected_nV = expected_nV.to(logits_nV.dtype)
+        agree = shift(logits_nV) == shift(expected_nV)
+        return divergence(logits_nV, expected_nV), agree
 
-    return _fused(student_ND, student_head, rows_n, target, temperature, width, mask_V, chunk)
+    loss, (kl, agreement) = fused(student_ND, student_head, rows_n, target, temperature, width, mask_V, chunk)
+    return loss, FusedMetrics(agreement, torch.tensor(rows_n.numel(), device=rows_n.device), kl)
 
 
-class _Projection(NamedTuple):
-    """A head made ready: cut to the common vocabulary, in the dtype of its products."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    scale: float
-    hidden_V: Tensor | None
-    """True for ids without probability."""
-    temperature: float
-    accumulate: torch.dtype
+Target = Callable[[Tensor, slice], tuple[Tensor, ...]]
+"""``(logits_nC, rows) -> (loss per row in nats, other measures per row ...)``; turns the tempered logits into the gradient of
+the loss with respect to them, in place."""
 
 
-Target = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""``(logits_nV, rows) -> (KL per row in nats, agreement per row)``; turns the tempered logits into ``p - t`` in place."""
-
-
-def _fused(
+def fused(
     hidden_ND: Tensor,
     head: Head,
     rows_n: Tensor,
@@ -125,14 +151,21 @@ def _fused(
     temperature: float,
     width: int,
     mask_V: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, FusedMetrics]:
-    head = _local(head)
-    projection = _projection(hidden_ND, head, width, mask_V, temperature, _accumulate_dtype(hidden_ND, head.weight_VD))
+    chunk: int | None,
+    ids_nK: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``(T^2 * summed loss, detached sums of what the target measures)``, the loss itself (without T squared) being the first.
+
+    ``width`` and ``mask_V`` are those of :func:`common_vocabulary`.  With ``ids_nK`` row ``i`` has logits for its own K ids
+    only, and costs ``K * D`` products in place of ``V * D``.
+    """
+    head = whole_head(head)
+    projection = project_with(hidden_ND, head, width, mask_V, temperature)
+    chunk = chunk or chunk_for(width, hidden_ND.device)
     # Asked here: inside the function grad mode is always off.
     wants = torch.is_grad_enabled()
-    loss, kl, agreement = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, projection, rows_n, target, chunk, wants)
-    return loss, FusedMetrics(agreement, torch.tensor(rows_n.numel(), device=rows_n.device), kl)
+    loss, *sums = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, projection, rows_n, ids_nK, target, chunk, wants)
+    return loss, tuple(sums)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -142,12 +175,13 @@ class _FusedLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        projection: _Projection,
+        projection: Projection,
         rows_n: Tensor,
+        ids_nK: Tensor | None,
         target: Target,
         chunk: int,
         wants: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         accumulate, temperature = projection.accumulate, projection.temperature
         width, dtype = projection.weight_VD.shape[0], projection.weight_VD.dtype
         wants_hidden, wants_weight, wants_bias = (wants and needed for needed in ctx.needs_input_grad[:3])
@@ -158,41 +192,51 @@ class _FusedLoss(torch.autograd.Function):
         dhidden = hidden_ND.new_empty(rows_n.numel(), hidden_ND.shape[1]) if wants_hidden else None
         dweight = zeros(weight_VD, *weight_VD.shape) if wants_weight else None
         dbias = zeros(weight_VD, weight_VD.shape[0]) if wants_bias else None
-        kl_n = zeros(hidden_ND, rows_n.numel())
-        agreement = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+        measured: list[tuple[Tensor, ...]] = []
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for start in range(0, rows_n.numel(), chunk):
+            # No row at all is one empty chunk: the target is asked what it measures.
+            for start in range(0, max(rows_n.numel(), 1), chunk):
                 part = slice(start, start + chunk)
                 hidden_nD = hidden_ND[rows_n[part]].to(dtype)
-                logits_nV, slope_nV = _logits(hidden_nD, projection)
-                kl_n[part], agree_n = target(logits_nV, part)
-                agreement += agree_n.sum()
+                ids = None if ids_nK is None else ids_nK[part]
+                logits_nC, slope_nC = logits_of(hidden_nD, projection, ids)
+                measured.append(target(logits_nC, part))
                 if not (wants_hidden or wants_weight or wants_bias):
                     continue
-                if slope_nV is not None:
-                    logits_nV.mul_(slope_nV)
+                if slope_nC is not None:
+                    logits_nC.mul_(slope_nC)
                 # T^2 of the loss times 1/T of the tempering; the bias stands inside the scale too.
-                logits_nV.mul_(temperature * projection.scale)
-                if dbias is not None:
-                    dbias[:width] += logits_nV.sum(0)
-                dlogits_nV = logits_nV.to(dtype)
-                if dhidden is not None:
-                    dhidden[part] = dlogits_nV @ projection.weight_VD
-                if dweight is not None:
-                    if dtype == accumulate:
-                        dweight[:width].addmm_(dlogits_nV.mT, hidden_nD)
-                    else:
-                        dweight[:width] += dlogits_nV.mT @ hidden_nD
+                if temperature * projection.scale != 1:
+                    logits_nC.mul_(temperature * projection.scale)
+                dlogits_nC = logits_nC.to(dtype)
+                if ids is None:
+                    if dbias is not None:
+                        dbias[:width] += logits_nC.sum(0)
+                    if dhidden is not None:
+                        dhidden[part] = dlogits_nC @ projection.weight_VD
+                    if dweight is not None and dtype == accumulate:
+                        dweight[:width].addmm_(dlogits_nC.mT, hidden_nD)
+                    elif dweight is not None:
+                        dweight[:width] += dlogits_nC.mT @ hidden_nD
+                else:
+                    if dbias is not None:
+                        dbias.index_add_(0, ids.flatten(), logits_nC.flatten())
+                    if dhidden is not None:
+                        dhidden[part] = torch.bmm(dlogits_nC[:, None], projection.weight_VD[ids]).squeeze(1)
+                    if dweight is not None:
+                        outer_nKD = (dlogits_nC[:, :, None] * hidden_nD[:, None]).to(accumulate)
+                        dweight.index_add_(0, ids.flatten(), outer_nKD.flatten(0, 1))
+        # One sum over all rows: it does not depend on where the chunks end.
+        sums = tuple(torch.cat(parts).sum() for parts in zip(*measured, strict=True))
         ctx.shape = hidden_ND.shape
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.save_for_backward(rows_n, dhidden, dweight, dbias)
-        kl = kl_n.sum()
-        ctx.mark_non_differentiable(kl, agreement)
-        return kl * temperature**2, kl, agreement
+        ctx.mark_non_differentiable(*sums)
+        return sums[0] * temperature**2, *sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _dkl: Tensor, _dagreement: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, *_dsums: Tensor) -> tuple[Tensor | None, ...]:
         rows_n, dhidden, dweight, dbias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         spread = None
@@ -200,94 +244,4 @@ class _FusedLoss(torch.autograd.Function):
             spread = dhidden.new_zeros(ctx.shape).index_copy_(0, rows_n, (dhidden * dloss).to(dhidden.dtype))
         weight = None if dweight is None else (dweight * dloss).to(weight_dtype)
         bias = None if dbias is None else (dbias * dloss).to(bias_dtype)
-        return spread, weight, bias, None, None, None, None, None
-
-
-def _local(head: Head) -> Head:
-    """The head with whole, plain tensors.
-
-    Every rank holds a part of a sharded weight and uses all of it for its own tokens, so each rank's gradient is a partial sum.
-    """
-
-    def whole(x: Tensor | None) -> Tensor | None:
-        return x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim) if isinstance(x, DTensor) else x
-
-    weight_VD = whole(head.weight_VD)
-    assert weight_VD is not None
-    return Head(weight_VD, whole(head.bias_V), head.softcap, head.scale, head.vocab_mask_V)
-
-
-def _common_vocabulary(heads: list[Head]) -> tuple[int, Tensor | None]:
-    """``(width, mask)``: the ids below ``width`` of which every head has those in ``mask`` (all of them if None)."""
-    width = min(head.weight_VD.shape[0] for head in heads)
-    common_V: Tensor | None = None
-    for head in heads:
-        rows, mask_V = head.weight_VD.shape[0], head.vocab_mask_V
-        beyond = rows - width if mask_V is None else int(mask_V[width:].sum())
-        if beyond:
-            raise ModelError(
-                f"head: {beyond} ids from {width} on exist on one side only (widths {[h.weight_VD.shape[0] for h in heads]}); "
-                "distributions over different vocabularies are not compared: if these rows are padding, mask them in vocab_mask_V"
-            )
-        if mask_V is not None:
-            common_V = mask_V[:width] if common_V is None else common_V & mask_V[:width]
-    if common_V is None:
-        return width, None
-    ids = common_V.nonzero()
-    if not ids.numel():
-        raise ModelError("head: vocab_mask_V leaves no id that exists; a mask is True for the ids of the tokenizer")
-    # A padded tail is cut off, which is cheaper than masking it.
-    width = int(ids[-1]) + 1
-    return width, None if ids.numel() == width else common_V[:width]
-
-
-def _accumulate_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-
-
-def _projection(
-    hidden: Tensor, head: Head, width: int, mask_V: Tensor | None, temperature: float, accumulate: torch.dtype
-) -> _Projection:
-    """The head in the dtype in which ``hidden @ weight.T`` would be computed here."""
-    device = hidden.device.type
-    dtype = torch.promote_types(hidden.dtype, head.weight_VD.dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    bias_V = None if head.bias_V is None else head.bias_V.detach()[:width].to(accumulate)
-    hidden_V = None if mask_V is None else ~mask_V
-    weight_VD = head.weight_VD.detach()[:width].to(dtype)
-    return _Projection(weight_VD, bias_V, head.softcap, head.scale, hidden_V, temperature, accumulate)
-
-
-def _logits(hidden_nD: Tensor, head: _Projection) -> tuple[Tensor, Tensor | None]:
-    """Tempered logits ``[n, V]`` and, with a soft-cap, its slope there."""
-    with torch.autocast(hidden_nD.device.type, enabled=False):
-        logits_nV = (hidden_nD.to(head.weight_VD.dtype) @ head.weight_VD.mT).to(head.accumulate)
-    if head.bias_V is not None:
-        logits_nV.add_(head.bias_V)
-    slope_nV = None
-    factor = head.scale / head.temperature
-    if head.softcap is not None:
-        logits_nV.mul_(head.scale / head.softcap).tanh_()
-        slope_nV = 1 - logits_nV.square()
-        factor = head.softcap / head.temperature
-    if factor != 1:
-        logits_nV.mul_(factor)
-    if head.hidden_V is not None:
-        # Finite: the difference of two such logits is 0, where -inf - -inf would be NaN.
-        logits_nV.masked_fill_(head.hidden_V, torch.finfo(logits_nV.dtype).min / 4)
-    return logits_nV, slope_nV
-
-
-def _shift(logits_nV: Tensor) -> Tensor:
-    """Subtract each row's maximum in place; returns where it stood."""
-    top, where = logits_nV.max(1, keepdim=True)
-    logits_nV.sub_(top)
-    return where.squeeze(1)
-
-
-def _exponentiate(shifted_nV: Tensor) -> Tensor:
-    """Logits with maximum 0 -> probabilities, in place; returns the row sums ``[n, 1]`` of the exponentials."""
-    total = shifted_nV.exp_().sum(1, keepdim=True)
-    shifted_nV.div_(total)
-    return total
+        return spread, weight, bias, None, None, None, None, None, None

@@ -2,45 +2,141 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from limbeck.config.base import Part
-from limbeck.needs import AttentionStream, HeadHidden, Need
+from limbeck.config.base import Count, Options, Part
+from limbeck.needs import AttentionStream, HeadHidden, Need, TopK
 from limbeck.registry import Registry
 
 OBJECTIVES = Registry("objective")
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Ramp(Options):
+    """A weight that moves in a straight line over the first steps and then stays."""
+
+    ramp: tuple[Weight, Weight]
+    """From the first to the second."""
+    steps: Count
+    """Steps that it takes."""
+
+    def at(self, step: int) -> float:
+        """The weight of a step; the first is step 0."""
+        start, end = self.ramp
+        return start + (end - start) * min(step / self.steps, 1.0)
+
+    def __format__(self, spec: str) -> str:
+        start, end = self.ramp
+        return f"({format(start, spec)} to {format(end, spec)} in {self.steps} steps)"
 
 
 class ObjectiveOptions(Part):
     """Fields that every objective has."""
 
-    weight: float = Field(1.0, ge=0)
-    """Factor of this loss in the sum."""
+    weight: Weight | Ramp = 1.0
+    """Factor of this loss in the sum; `{ramp: [0, 0.1], steps: 500}` goes from one to the other."""
+
+    @property
+    def schedule(self) -> Ramp | None:
+        """How the weight moves, if it does."""
+        return self.weight if isinstance(self.weight, Ramp) else None
+
+    def weight_at(self, step: int) -> float:
+        """The weight of a step; the first is step 0."""
+        return self.weight.at(step) if isinstance(self.weight, Ramp) else self.weight
+
+
+class FusedOptions(ObjectiveOptions):
+    """Fields of the objectives that are fused with the head."""
+
+    chunk: int | None = Field(None, ge=1)
+    """Tokens whose logits exist at one time; null: 16 MiB of them on a CPU, 1024 tokens on other devices."""
+
+
+class DivergenceOptions(FusedOptions):
+    """Fields of the divergences from a teacher."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Both distributions are tempered; value and gradient carry the factor T squared."""
 
 
 @OBJECTIVES.register("limbeck.objectives.ce:CrossEntropy")
-class CrossEntropyOptions(ObjectiveOptions):
+class CrossEntropyOptions(FusedOptions):
     """Next-token cross-entropy on the labels."""
 
     kind: Literal["ce"] = "ce"
-    chunk: int = Field(1024, ge=1)
-    """Tokens whose logits exist at one time."""
 
 
 @OBJECTIVES.register("limbeck.objectives.kl:ForwardKL")
-class ForwardKLOptions(ObjectiveOptions):
+class ForwardKLOptions(DivergenceOptions):
     """Forward KL(teacher || student) over the whole vocabulary, fused with both heads and chunked over valid tokens."""
 
     kind: Literal["kl"] = "kl"
-    temperature: float = Field(1.0, gt=0)
-    """Both distributions are tempered; value and gradient carry the factor T squared."""
-    chunk: int = Field(1024, ge=1)
-    """Tokens whose logits exist at one time."""
 
     def needs(self) -> tuple[Need, ...]:
         return (HeadHidden(),)
+
+
+@OBJECTIVES.register("limbeck.objectives.reverse_kl:ReverseKL")
+class ReverseKLOptions(DivergenceOptions):
+    """Reverse KL(student || teacher) over the whole vocabulary."""
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+
+    def needs(self) -> tuple[Need, ...]:
+        return (HeadHidden(),)
+
+
+@OBJECTIVES.register("limbeck.objectives.jsd:JSD")
+class JSDOptions(DivergenceOptions):
+    """Generalised Jensen-Shannon divergence over the whole vocabulary, against M = (1 - beta) student + beta teacher."""
+
+    kind: Literal["jsd"] = "jsd"
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Weight of KL(teacher || M), and of the teacher in M; the ends are `kl` and `reverse_kl`."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return (HeadHidden(),)
+
+
+@OBJECTIVES.register("limbeck.objectives.topk_kl:TopKKL")
+class TopKKLOptions(DivergenceOptions):
+    """KL against the teacher's k likeliest tokens and the mass of the rest: what a served or a stored teacher gives."""
+
+    kind: Literal["topk_kl"] = "topk_kl"
+    k: int = Field(64, ge=0)
+    """Ids kept; 0 with `samples`."""
+    tail: Literal["tail", "zero", "renorm_both", "renorm_teacher"] = "tail"
+    """What the rest becomes: one more category (`tail`), nothing (`zero`), or nothing with the kept probabilities of the teacher or
+    of both made to sum to 1; the last three have another optimum than the teacher and are there for comparison."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """`forward`: KL(teacher || student); `reverse`: KL(student || teacher), with the tail."""
+    samples: int = Field(0, ge=0)
+    """Ids drawn from what the k leave (from everything if k is 0), which stand for it without bias, in place of the tail category."""
+    allow_approximate_tail: bool = False
+    """Take a teacher that gives partition sums at T = 1 only (vLLM, SGLang) at another temperature, with an estimated tail."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TopKKLOptions:
+        def refuse(message: str) -> None:
+            raise PydanticCustomError("topk_kl", message)  # type: ignore[arg-type]
+
+        if not self.k and not self.samples:
+            refuse("topk_kl: `k` is 0, which needs `samples` above 0")
+        if self.direction == "reverse" and self.tail != "tail":
+            refuse("topk_kl: `direction: reverse` needs `tail: tail` (a reverse KL without the rest has no meaning)")
+        if self.samples and (self.tail != "tail" or self.direction != "forward"):
+            refuse("topk_kl: `samples` stand for the tail: they go with `tail: tail` and `direction: forward`")
+        if self.samples and self.allow_approximate_tail:
+            refuse("topk_kl: `samples` are drawn at the loss's own temperature: leave `allow_approximate_tail` false")
+        return self
+
+    def needs(self) -> tuple[Need, ...]:
+        return (TopK(self.k, (self.temperature,), self.samples, exact=not self.allow_approximate_tail),)
 
 
 @OBJECTIVES.register("limbeck.objectives.attention_alignment:AttentionAlignment")

@@ -1,0 +1,96 @@
+"""A server process: a socket, signals, and an end that loses nothing that runs."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from limbeck.errors import RunError
+
+BACKLOG = 1024
+KEEP_ALIVE = 75
+"""Seconds for which an idle connection stays open: longer than a training step, so that clients find theirs open."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet; port 0 takes a free one.  Raises :class:`RunError`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise RunError(f"--host {host}: no such address here ({error.strerror or error})") from error
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise RunError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}): choose another --port (0 takes a free one) or --host"
+        ) from error
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """``http://HOST:PORT`` of a bound socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with ``stopping`` called as soon as it takes no more connections."""
+
+    def __init__(self, config: uvicorn.Config, stopping: Callable[[], None]):
+        super().__init__(config)
+        self._stopping = stopping
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End of taking connections; what was taken is answered within the grace time."""
+        self._stopping()
+        await super().shutdown(sockets)
+
+
+def server(app: ASGIApp, *, stopping: Callable[[], None], grace: float) -> Server:
+    """A server that is not running yet.  ``grace`` is in seconds."""
+    return Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=max(1, round(grace)),
+        ),
+        stopping,
+    )
+
+
+def run(app: ASGIApp, sock: socket.socket, *, announce: Callable[[], None], stopping: Callable[[], None], grace: float) -> None:
+    """Serve until SIGTERM or SIGINT, then return; ``announce`` is called when connections are taken."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    it = server(app, stopping=stopping, grace=grace)
+
+    def stop(_: int, __: FrameType | None) -> None:
+        it.should_exit = True
+
+    # uvicorn puts these back when it is done and raises the signal again, which must then do nothing.
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        sock.listen(BACKLOG)
+        announce()
+        it.run(sockets=[sock])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sock.close()

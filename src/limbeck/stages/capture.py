@@ -1,0 +1,199 @@
+"""The capture stage: what a teacher says about a text, asked once and stored.
+
+Documents are taken in the order of the rows, each once.  How they are grouped follows from that order alone, so a capture that
+was killed and goes on leaves the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import torch
+
+from limbeck.config.parts.stages import CaptureStageOptions
+from limbeck.data.dataset import TokenRows
+from limbeck.engine.console import duration, quantity
+from limbeck.errors import TeacherError
+from limbeck.models.loading import load_tokenizer
+from limbeck.models.vocabulary import compare_vocabularies
+from limbeck.needs import TopK
+from limbeck.stages.context import StageContext
+from limbeck.stages.teaching import build_teacher
+from limbeck.teachers.documents import Ask, TopKRows, asks_of
+from limbeck.teachers.store.blocks import asked_of
+from limbeck.teachers.store.store import SignalStore
+from limbeck.teachers.stored import ask_each, identity_of
+
+ROWS = 16
+"""Rows that are cut into documents at one time."""
+REQUESTS = 64
+"""Documents that a served teacher is asked about at one time, each in a request of its own."""
+SPOKEN = 15.0
+"""Seconds between lines of progress."""
+
+
+class CaptureStage:
+    """Writes ``signals/``."""
+
+    def __init__(self, context: StageContext):
+        self.context = context
+        self.options: CaptureStageOptions = context.options
+
+    def run(self) -> None:
+        """Ask about every document that is not stored yet.  With several ranks each asks about its share."""
+        context, options = self.context, self.options
+        folder, data = context.data(options.data)
+        splits = [name for name in options.splits if name == "train" or data.held_out]
+        sides = [TokenRows(folder, name) for name in splits]
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        num_ids = max(tokenizer.get_vocab().values()) + 1
+        teacher = build_teacher(context, options.teacher)
+        teacher.load(context.world.device)
+        try:
+            if options.teacher.kind == "local":
+                compare_vocabularies(tokenizer, load_tokenizer(teacher.source), names=("the data", f"the teacher {teacher.source}"))
+                teacher.num_ids = num_ids
+            for line in getattr(teacher, "summary", ()):
+                context.say(f"  {line}")
+            self._capture(teacher, sides, num_ids)
+        finally:
+            getattr(teacher, "close", lambda: None)()
+
+    def _capture(self, teacher: Any, sides: list[TokenRows], num_ids: int) -> None:
+        context, options = self.context, self.options
+        need = TopK(options.k, options.temperatures, options.samples)
+        identity = identity_of(
+            teacher, options.teacher, need, codec=options.codec, num_ids=num_ids, batch_tokens=options.batch_tokens
+        )
+        target = context.folder / "signals"
+        store = SignalStore(target, identity, writer=context.world.rank)
+        try:
+            if store.lost:
+                context.say(f"  going on after a kill: {store.lost} bytes of a half-written block were cut off")
+            total = sum(side.num_tokens for side in sides) // context.world.size
+            progress = _Progress(context, store, total)
+            groups = islice(grouped(unique(documents(sides)), options.batch_tokens), context.world.rank, None, context.world.size)
+            unanswered = 0
+            for asks, answers in _answered(teacher, groups, need, store, alone=options.batch_tokens is None):
+                for ask, rows in zip(asks, answers or [None] * len(asks), strict=True):
+                    if rows is not None:
+                        store.put(ask, rows)
+                unanswered += sum(rows is None for rows in answers)
+                progress.add(asks, scored=bool(answers))
+            if unanswered:
+                raise TeacherError(f"the teacher left {unanswered} documents unanswered: run again to ask about these, or set teacher.on_failure to wait")
+            store.finish()
+            context.world.barrier()
+            context.once(store.complete)
+            store.refresh()
+            self._sum_up(store, progress)
+        finally:
+            store.close()
+
+    def _sum_up(self, store: SignalStore, progress: _Progress) -> None:
+        each = store.num_bytes / max(store.num_rows, 1)
+        self.context.facts["result"] = {
+            "documents": store.num_documents,
+            "rows": store.num_rows,
+            "bytes": store.num_bytes,
+            "bytes_per_row": round(each, 2),
+        }
+        self.context.say(
+            f"  {store.num_documents:,} documents, {store.num_rows:,} positions, {store.num_bytes / 1e6:.1f} MB: {each:.0f} bytes a position; "
+            f"{quantity(progress.rate())} tok/s"
+        )
+
+
+def documents(sides: Sequence[TokenRows]) -> Iterator[Ask]:
+    """Every document of the rows with the positions that losses use, in order."""
+    for side in sides:
+        for start in range(0, len(side), ROWS):
+            yield from asks_of(side.batch(range(start, min(start + ROWS, len(side)))))[0]
+
+
+def unique(asks: Iterator[Ask]) -> Iterator[Ask]:
+    """Each document once for each set of positions."""
+    seen = set()
+    for ask in asks:
+        name = ask.key + asked_of(ask)
+        if name not in seen:
+            seen.add(name)
+            yield ask
+
+
+def grouped(asks: Iterator[Ask], tokens: int | None) -> Iterator[list[Ask]]:
+    """In order, as many as have ``tokens`` tokens together (at least one); None: :data:`REQUESTS` at a time."""
+    group: list[Ask] = []
+    for ask in asks:
+        full = len(group) >= REQUESTS if tokens is None else sum(len(a.ids) for a in group) + len(ask.ids) > tokens
+        if group and full:
+            yield group
+            group = []
+        group.append(ask)
+    if group:
+        yield group
+
+
+def _answered(
+    teacher: Any, groups: Iterator[list[Ask]], need: TopK, store: SignalStore, *, alone: bool
+) -> Iterator[tuple[list[Ask], list[TopKRows | None]]]:
+    """Each group with its answers, in order; no answers for one that is stored.  A served teacher is asked one group ahead."""
+
+    def ask(group: list[Ask]) -> tuple[list[Ask], list[TopKRows | None]]:
+        todo = [a for a in group if not store.has(a)]
+        if not todo:
+            return group, []
+        if alone:
+            return todo, ask_each(teacher, todo, need)
+        # All of the group, whatever of it is stored: the bits of one document depend on those beside it.
+        return group, _together(teacher, group, need)
+
+    if hasattr(teacher, "score"):
+        yield from map(ask, groups)
+        return
+    with ThreadPoolExecutor(2, thread_name_prefix="capture") as pool:
+        ahead: list[Future[tuple[list[Ask], list[TopKRows | None]]]] = []
+        for group in groups:
+            ahead.append(pool.submit(ask, group))
+            if len(ahead) > 2:
+                yield ahead.pop(0).result()
+        for later in ahead:
+            yield later.result()
+
+
+def _together(teacher: Any, group: list[Ask], need: TopK) -> list[TopKRows | None]:
+    if not hasattr(teacher, "score"):
+        return list(teacher.ask(group, need))
+    with torch.autocast(teacher.model.device.type, enabled=False):
+        return list(teacher.score(group, need))
+
+
+class _Progress:
+    """Says how far it is, now and then."""
+
+    def __init__(self, context: StageContext, store: SignalStore, total: int):
+        self.context, self.store, self.total = context, store, total
+        self.done = self.scored = 0
+        self.began = self.spoken = time.monotonic()
+
+    def rate(self) -> float:
+        """Tokens a second that the teacher was asked about."""
+        return self.scored / max(time.monotonic() - self.began, 1e-9)
+
+    def add(self, asks: Sequence[Ask], *, scored: bool) -> None:
+        """These are done; ``scored`` if they were not stored before."""
+        tokens = sum(len(ask.ids) for ask in asks)
+        self.done += tokens
+        self.scored += tokens * scored
+        now = time.monotonic()
+        if now - self.spoken < SPOKEN:
+            return
+        self.spoken = now
+        left = max(0, self.total - self.done) / max(self.rate(), 1e-9)
+        self.context.say(
+            f"  {self.done / max(self.total, 1):.0%}  {quantity(self.rate())} tok/s  {self.store.num_bytes / 1e6:.1f} MB  eta {duration(left)}"
+        )
