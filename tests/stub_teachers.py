@@ -156,7 +156,7 @@ class StubTeacher:
     def health(self) -> dict[str, Any]:
         return {
             "status": "ok", "model": "stub/model", "fingerprint": {"weights": f"stub-{self.model}"}, "digest": f"digest-{self.model}",
-            "vocabulary": VOCABULARY, "tokenizer": "0123456789abcdef", "max_top_k": 100, "max_tokens": 8192,
+            "vocabulary": VOCABULARY, "tokenizer": "0123456789abcdef", "max_top_k": 100, "max_tokens": min(self.max_tokens, 8192),
         }  # fmt: skip
 
     def rows(self, ids: list[int]) -> np.ndarray:

@@ -20,6 +20,7 @@ from benchmarks.fused_loss.losses import LOSSES, SAME
 
 FULL = {"tokens": 1024, "width": 256, "vocabulary": 32000, "k": 128}
 QUICK = {"tokens": 128, "width": 32, "vocabulary": 2000, "k": 16}
+QUICK_NAMES = ("limbeck top-k tail", "dense top-k tail", "limbeck kl", "TRL GKD forward KL")
 SHARES = (1.0, 0.25)
 """Share of the tokens that count."""
 GRADIENT = 1e-4
@@ -29,8 +30,8 @@ PEERS = ("trl", "liger-kernel")
 class Worker:
     """A process that runs one loss on request."""
 
-    def __init__(self, name: str, shape: dict[str, int], share: float, threads: int):
-        self.name, self.share = name, share
+    def __init__(self, name: str, shape: dict[str, int], threads: int):
+        self.name = name
         root = Path(__file__).resolve().parents[2]
         path = [str(root / "src"), str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
@@ -41,7 +42,7 @@ class Worker:
             "MALLOC_MMAP_THRESHOLD_": "65536",
             "TRL_EXPERIMENTAL_SILENCE": "1",
         }
-        words = [name, *(str(shape[key]) for key in ("tokens", "width", "vocabulary", "k")), str(share), str(threads)]
+        words = [name, *(str(shape[key]) for key in ("tokens", "width", "vocabulary", "k")), str(threads)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.fused_loss.worker", *words],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
@@ -52,9 +53,9 @@ class Worker:
         """Until it has run once."""
         self.absent = self._read().get("absent")
 
-    def ask(self, request: str) -> dict[str, Any]:
+    def ask(self, request: str, share: float) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(request + "\n")
+        self.process.stdin.write(f"{request} {share}\n")
         self.process.stdin.flush()
         return self._read()
 
@@ -71,35 +72,35 @@ class Worker:
 
 def measure(shape: dict[str, int], names: list[str], repeats: int, threads: int) -> list[dict[str, Any]]:
     """A row a loss and share.  The losses take turns, so that whatever else the machine does falls on all of them."""
-    workers = [Worker(name, shape, share, threads) for share in SHARES for name in names]
+    workers = [Worker(name, shape, threads) for name in names]
     for worker in workers:
         worker.wait()
-    there = [worker for worker in workers if worker.absent is None]
-    for worker in workers:
         if worker.absent is not None:
             print(f"{worker.name}: absent ({worker.absent})")
-    times: dict[Worker, list[dict[str, float]]] = {worker: [] for worker in there}
-    memory = {worker: min(worker.ask("memory")["mib"] for _ in range(3)) for worker in there}
-    gradients = {worker: worker.ask("gradient")["gradient"] for worker in there}
+    runs = [(worker, share) for share in SHARES for worker in workers if worker.absent is None]
+    memory = {run: min(run[0].ask("memory", run[1])["mib"] for _ in range(3)) for run in runs}
+    gradients = {run: run[0].ask("gradient", run[1])["gradient"] for run in runs}
+    times: dict[tuple[Worker, float], list[dict[str, float]]] = {run: [] for run in runs}
     for _ in range(repeats):
-        for worker in there:
-            times[worker].append(worker.ask("time"))
+        for worker, share in runs:
+            times[worker, share].append(worker.ask("time", share))
     rows = []
-    for worker, taken in times.items():
+    for (worker, share), taken in times.items():
         same = next((group for group in SAME if worker.name in group), ())
-        others = [gradients[w] for w in there if w.name in same and w.share == worker.share and w is not worker]
-        apart = [abs(a - b) / max(abs(b), 1e-12) for other in others for a, b in zip(gradients[worker], other, strict=True)]
+        others = [found for (w, s), found in gradients.items() if w.name in same and s == share and w is not worker]
+        mine = gradients[worker, share]
+        apart = [abs(a - b) / max(abs(b), 1e-12) for other in others for a, b in zip(mine, other, strict=True)]
         cpu = [t["cpu"] for t in taken]
         rows.append(
             {
-                "setting": f"{worker.name}, {worker.share:.0%} of the tokens count",
+                "setting": f"{worker.name}, {share:.0%} of the tokens count",
                 "metric": "CPU milliseconds, forward + backward",
                 "value": round(median(cpu), 1),
                 "name": worker.name,
-                "share": worker.share,
+                "share": share,
                 "fastest": round(min(cpu), 1),
                 "wall": round(median(t["wall"] for t in taken), 1),
-                "extra_mib": round(memory[worker], 1),
+                "extra_mib": round(memory[worker, share], 1),
                 "apart": max(apart, default=None),
             }
         )
@@ -153,10 +154,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--quick", action="store_true", help="small shapes, few repeats; writes only with --out")
     parser.add_argument("--out", type=Path, help="folder of results.json; by default this benchmark's own")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=list(LOSSES), default=list(LOSSES), help="these losses alone")
+    parser.add_argument("--only", nargs="+", choices=list(LOSSES), help="these losses alone (--quick: those of the criteria)")
     options = parser.parse_args(arguments)
     shape = QUICK if options.quick else FULL
-    rows = measure(shape, options.only, 3 if options.quick else 15, options.threads)
+    names = options.only or list(QUICK_NAMES if options.quick else LOSSES)
+    rows = measure(shape, names, 3 if options.quick else 15, options.threads)
     for row in rows:
         print("{setting}: {value} ms CPU (fastest {fastest}), {wall} ms, {extra_mib} MiB, apart {apart}".format(**row))
     criteria = judge(rows)

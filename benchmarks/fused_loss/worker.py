@@ -1,4 +1,4 @@
-"""One loss in a process of its own: a request a line on stdin, an answer a line on stdout.
+"""One loss in a process of its own: a request and the share of tokens that count a line on stdin, an answer a line on stdout.
 
 ``memory`` -> extra peak resident memory in MiB of one forward and backward over what is held before; ``time`` -> CPU and wall
 milliseconds of one; ``gradient`` -> the loss and two random projections of its gradient.
@@ -59,20 +59,25 @@ def answer(request: str, name: str, case: Case) -> dict[str, Any]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    name, tokens, width, vocabulary, k, share, threads = sys.argv[1:]
+    name, *shape, threads = sys.argv[1:]
+    tokens, width, vocabulary, k = map(int, shape)
     torch.set_num_threads(int(threads))
-    case = make_case(int(tokens), int(width), int(vocabulary), int(k), float(share))
+    cases: dict[str, Case] = {}
     # The protocol has stdout for itself, whatever a library prints.
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            once(name, case)
+            once(name, make_case(8, 4, 16, 2, 1.0))
         except ImportError as error:
             print(json.dumps({"absent": str(error)}), file=out, flush=True)
             return
         print(json.dumps({"ready": True}), file=out, flush=True)
         for line in sys.stdin:
-            print(json.dumps(answer(line.strip(), name, case)), file=out, flush=True)
+            request, share = line.split()
+            if share not in cases:
+                cases[share] = make_case(tokens, width, vocabulary, k, float(share))
+                once(name, cases[share])
+            print(json.dumps(answer(request, name, cases[share])), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,34 @@ def test_several_documents_scored_together_go_on_in_the_same_groups(home: Path, 
     groups, _ = run(home, "groups", ["capture.batch_tokens=500"], stage="capture")
     assert contents(groups / "capture" / "signals") == contents(grouped / "capture" / "signals")
     np.testing.assert_equal(SignalStore(groups / "capture" / "signals").identity.batch_tokens, 500)
+
+
+@pytest.fixture(scope="module")
+def served(finished: tuple[Path, list[str]]) -> Iterator[str]:
+    """Address of `limbeck teach` with the pretrained model."""
+    words = [sys.executable, "-m", "limbeck", "teach", str(finished[0] / "pretrain" / "model"), "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = next(line for line in process.stdout if line.startswith("limbeck teach: "))
+            yield line.split()[-1]
+        finally:
+            process.terminate()
+
+
+def test_a_served_teacher_is_captured_and_cached_like_one_in_this_process(
+    home: Path, finished: tuple[Path, list[str]], served: str
+) -> None:
+    run_dir, _ = finished
+    teacher = f"teacher={{kind: http, url: '{served}'}}"
+    captured, _ = run(home, "served", [f"capture.{teacher}"], base="whole", stage="capture")
+    ours, theirs = (SignalStore(folder / "capture" / "signals") for folder in (run_dir, captured))
+    assert theirs.verify() == [] and theirs.num_documents == ours.num_documents
+    for a, b in zip(ours.documents(), theirs.documents(), strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.rows.log_z_mZ, b.rows.log_z_mZ, atol=1e-3)
+    overrides = ["distil.teacher.signals=far", f"distil.teacher.{teacher}", "distil.data.from=pretrain"]
+    cold, _ = run(home, "far-cold", overrides, base="whole")
+    before = contents(home / "far")
+    warm, _ = run(home, "far-warm", overrides, base="whole")
+    assert losses(cold) == losses(warm) and contents(home / "far") == before

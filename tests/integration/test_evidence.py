@@ -13,8 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {
     "benchmarks/delta_rule": [],
+    "benchmarks/fused_loss": [],
     "benchmarks/loop_overhead": [],
+    "benchmarks/signal_store": [],
+    "benchmarks/teacher_latency": [],
     "experiments/hybrid_recovers": ["--out", "{tmp}"],
+    "experiments/tail_matters": ["--out", "{tmp}"],
 }
 
 

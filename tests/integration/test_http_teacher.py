@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,17 @@ import torch
 from typer.testing import CliRunner
 
 from integration.faults import FaultyApp
+from integration.serving import Serving
 from limbeck.cli.app import app
 from limbeck.config.parts.teachers import HttpTeacherOptions
 from limbeck.errors import TeacherError
+from limbeck.models.loading import resolve_source
 from limbeck.needs import HeadHidden, TopK
+from limbeck.serve.teacher import TeacherService
+from limbeck.teachers.documents import Ask
 from limbeck.teachers.http.faults import Backoff
 from limbeck.teachers.http.teacher import HttpTeacher
+from limbeck.teachers.scoring import Scorer
 from limbeck.types import IGNORE, TopKSignal
 from stub_teachers import VOCABULARY, StubTeacher, asks_for_tests, assert_same, batch_for_tests, expected, free_port, served
 
@@ -72,8 +80,6 @@ def test_a_signal_is_the_teachers_distribution_at_every_counted_position(protoco
     assert same is batch
     assert torch.equal(found.rows_n, batch.signal_mask_BT.flatten().nonzero().flatten())
     ids = batch.input_ids_BT.numpy()
-    from limbeck.teachers.documents import Ask
-
     true = [expected(Ask(ids[row].astype(np.int32), np.arange(11, dtype=np.int32)), K) for row in range(3)]
     np.testing.assert_array_equal(found.ids_nK.numpy(), np.concatenate([rows.ids_mK for rows in true]))
     np.testing.assert_allclose(
@@ -199,6 +205,15 @@ def test_more_than_the_server_gives_is_refused_with_its_setting() -> None:
         teacher.close()
 
 
+def test_requests_are_no_larger_than_the_server_says() -> None:
+    stub = StubTeacher(max_tokens=50)
+    with served(stub) as url:
+        teacher = opened(url)
+        rows_of(teacher.signal(batch_for_tests(rows=7), NEEDS))
+        teacher.close()
+    assert teacher.pipeline.counts["split"] == 0 and {len(body["sequences"]) for body in stub.bodies[-3:]} == {3, 1}
+
+
 def test_a_model_that_is_not_served_is_named() -> None:
     with served(StubTeacher()) as url, pytest.raises(TeacherError, match="no model 'stub/modle', did you mean 'stub/model'"):
         opened(url, "vllm", model="stub/modle")
@@ -258,6 +273,74 @@ def test_advice_names_the_setting_that_holds_things_up(cause: dict[str, Any], wo
         teacher.close()
 
 
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    scorer = Scorer(resolve_source("builtin:code-2m"))
+    scorer.load("cpu")
+    return scorer
+
+
+@contextmanager
+def taught(scorer: Scorer, port: int = 0, **limits: Any) -> Iterator[Serving]:
+    service = TeacherService(scorer, "builtin:code-2m", **limits)
+    server = Serving(service.app, port=port, stopping=service.worker.close)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def test_limbeck_teach_is_asked_for_what_the_model_itself_gives(scorer: Scorer) -> None:
+    rng = np.random.default_rng(0)
+    asks = [Ask(rng.integers(0, 4096, n).astype(np.int32), np.arange(n - 1, dtype=np.int32)) for n in (30, 7, 50)]
+    need = TopK(16, (2.0, 1.0), samples=5)
+    with taught(scorer) as server:
+        teacher = opened(server.url, seed=9)
+        answers = teacher.ask(asks, need)
+        assert teacher.fingerprint() == scorer.fingerprint()
+        assert "row j is the distribution after position j" in "".join(teacher.summary)
+        alone = teacher.ask(asks, need, alone=True)
+        teacher.close()
+    for found, true in ((answers, scorer.score(asks, need, seed=9)), (alone, [scorer.score([ask], need, seed=9)[0] for ask in asks])):
+        for a, b in zip(found, true, strict=True):
+            assert a is not None and a.samples_mS is not None and b.samples_mS is not None
+            for x, y in ((a.ids_mK, b.ids_mK), (a.logits_mK, b.logits_mK), (a.log_z_mZ, b.log_z_mZ), (a.samples_mS, b.samples_mS)):
+                assert x.tobytes() == y.tobytes()
+
+
+def test_whole_logits_of_limbeck_teach_are_the_same_distribution(scorer: Scorer) -> None:
+    asks, need = asks_for_tests(), TopK(16, (1.0, 2.0))
+    with taught(scorer, max_values=400_000) as server:
+        teacher = opened(server.url + "/v1/completions", "seed")
+        assert_same(teacher.ask(asks, need), scorer.score(asks, need), tolerance=1e-5)
+        teacher.close()
+
+
+def test_a_server_that_is_killed_and_restarted_gives_the_same_bits(scorer: Scorer) -> None:
+    batches = [batch_for_tests(seed, rows=4, length=24) for seed in range(12)]
+    port = free_port()
+
+    def train(restart: bool) -> list[TopKSignal]:
+        found: list[TopKSignal] = []
+        first = taught(scorer, port)
+        server = first.__enter__()
+        teacher = opened(server.url, in_flight=2, tokens_per_request=48)
+        pending = [teacher.submit(batch, NEEDS) for batch in batches]
+        found += [rows_of(answer.result()[1]) for answer in pending[:3]]
+        if restart:
+            first.__exit__(None, None, None)
+            time.sleep(0.3)
+            first = taught(scorer, port)
+            first.__enter__()
+        found += [rows_of(answer.result()[1]) for answer in pending[3:]]
+        teacher.close()
+        first.__exit__(None, None, None)
+        return found
+
+    for a, b in zip(train(False), train(True), strict=True):
+        assert torch.equal(a.ids_nK, b.ids_nK) and torch.equal(a.logits_nK, b.logits_nK) and torch.equal(a.log_z_nZ, b.log_z_nZ)
+
+
 FAKE_VLLM = """#!{python}
 import json, sys
 sys.path[:0] = {path!r}
@@ -274,8 +357,6 @@ uvicorn.run(StubTeacher(max_logprobs=int(words[words.index("--max-logprobs") + 1
 
 
 def test_a_launched_server_lives_as_long_as_the_teacher(tmp_path: Path) -> None:
-    import json
-
     program, record = tmp_path / "vllm", tmp_path / "words.json"
     tests = Path(__file__).parents[1]
     program.write_text(FAKE_VLLM.format(python=sys.executable, path=[str(tests), str(tests.parent / "src")], record=str(record)))

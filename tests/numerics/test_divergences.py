@@ -16,7 +16,7 @@ from limbeck.errors import DataError
 from limbeck.ops.divergences import linear_jsd, linear_reverse_kl
 from limbeck.ops.fused import linear_kl
 from limbeck.ops.tempering import approximate_log_z
-from limbeck.ops.topk import linear_topk
+from limbeck.ops.topk import _invert, linear_topk
 from limbeck.ops.topk_divergence import linear_topk_divergence
 from limbeck.types import Head, TopKSignal
 
@@ -266,6 +266,11 @@ def test_draws_follow_the_tail_and_masked_ids_are_neither_kept_nor_drawn() -> No
     degrees = int(there.sum()) - 1
     assert abs(float(chi) - degrees) < 4 * (2 * degrees) ** 0.5
     torch.testing.assert_close(found.log_z_nZ[0, 1], dense_logits(hidden, head)[0].logsumexp(-1))
+
+
+def test_the_ends_of_the_unit_interval_draw_ids_that_have_weight() -> None:
+    weights = torch.tensor([[0.0, 0.2, 0.0, 0.8, 0.0, 0.0]])
+    assert _invert(weights, torch.tensor([[0.0, 0.1, 0.5, 1.0]])).tolist() == [[1, 1, 3, 3]]
 
 
 @pytest.mark.parametrize(("tail", "direction"), MODES)

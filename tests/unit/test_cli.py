@@ -26,6 +26,7 @@ VERBS = [
     "generate",
     "export",
     "teach",
+    "signals",
     "report",
     "doctor",
 ]

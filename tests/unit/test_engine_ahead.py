@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine_parts import DenseKL, Loader, Rows, Student, Teacher, make_step, make_trainer
+from engine_parts import DenseKL, Loader, Rows, Student, Teacher, make_trainer
 from limbeck.engine.ahead import StepQueue
 from limbeck.engine.metrics import loss_trace, read_metrics
 from limbeck.engine.step import TrainStep

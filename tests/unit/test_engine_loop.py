@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine_parts import DenseCE, Loader, Rows, Student, Teacher, make_step, make_trainer
+from limbeck.config.parts.objectives import Ramp
 from limbeck.config.parts.stages import GroupOptions, LoopOptions, OptimOptions
 from limbeck.engine.batches import num_steps
 from limbeck.engine.loop import Trainer
@@ -224,3 +225,15 @@ def test_two_objectives_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     make_trainer(tmp_path, TrainStep(Student(), [DenseCE(0.25), DenseCE(0.75)]), steps=2).run()
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert row["ce.0/raw"] == row["ce.1/raw"] == pytest.approx(row["loss"], rel=1e-6)
+
+
+def test_a_ramped_weight_follows_the_step(tmp_path: Path) -> None:
+    def ramped() -> TrainStep:
+        step = make_step("ce")
+        step.objectives[0].schedule = Ramp(ramp=(0.0, 1.0), steps=4)
+        return step
+
+    make_trainer(tmp_path, ramped(), steps=6, log_every=1).run()
+    for row in read_metrics(tmp_path / "metrics.jsonl"):
+        expected = min((row["step"] - 1) / 4, 1.0)
+        assert row["ce/weighted"] == pytest.approx(expected * row["ce/raw"], rel=1e-6)

@@ -119,6 +119,14 @@ def test_vllm_ties_at_the_edge_leave_k() -> None:
     assert rows.logits_mK.tolist() == [[-1.0, -2.0]]
 
 
+def test_vllm_entries_that_lack_one_of_the_likeliest_are_refused() -> None:
+    protocol, ask = made("vllm"), Ask(np.array([1, 2], np.int32), np.array([0], np.int32))
+    entry = {str(t): {"logprob": value, "rank": rank} for t, value, rank in ((2, -5.0, 40), (7, -1.0, 1))}
+    body = {"choices": [{"index": 0, "prompt_logprobs": [None, entry]}]}
+    with pytest.raises(BadReply, match="1 of the 2 likeliest"):
+        protocol.read(Reply(200, {}, json.dumps(body).encode(), 0), [ask], TopK(2))
+
+
 def test_sglang_asks_only_for_what_follows_the_first_position() -> None:
     ask = Ask(np.arange(1, 11, dtype=np.int32), np.array([6, 8], np.int32))
     protocol = made("sglang")

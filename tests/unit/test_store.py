@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from signal_cases import answers, document, identity
 
 from limbeck.errors import TeacherError
 from limbeck.teachers.documents import Ask, TopKRows
 from limbeck.teachers.store.manifest import Identity
 from limbeck.teachers.store.store import SignalStore
+from signal_cases import answers, document, identity
 
 SHARD = 3000
 """Bytes: small, so that a few documents fill several files."""
@@ -184,7 +184,7 @@ def test_a_file_that_is_missing_or_short_is_named_at_once(filled: Path, tmp_path
 
 
 def test_an_empty_folder_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="no signals here.*capture"):
+    with pytest.raises(TeacherError, match=r"no signals here.*capture"):
         SignalStore(tmp_path)
 
 

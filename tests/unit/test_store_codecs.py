@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from signal_cases import answers, by_id, document
 
 from limbeck.errors import TeacherError
 from limbeck.teachers.documents import Ask, TopKRows
 from limbeck.teachers.store.bits import pack, pack_rising, packed_size, rising_size, unpack, unpack_rising
 from limbeck.teachers.store.blocks import read_block, whole, write_block
 from limbeck.teachers.store.codecs import CODECS, Layout
+from signal_cases import answers, by_id, document
 
 
 def through(codec: str, rows: TopKRows, layout: Layout) -> TopKRows:

@@ -71,10 +71,9 @@ class TokenRows:
         labels_BT = np.full_like(ids_BT, IGNORE)
         labels_BT[:, :-1] = np.where(counts_BT[:, :-1], ids_BT[:, 1:], IGNORE)
         arrays = [ids_BT, labels_BT, at_BT - begins_BT, documents_BT]
-        if self._domains is not None:
-            domains_BT = torch.from_numpy(np.where(real_BT, self._domains[piece_BT], 0).astype(np.int64))
-            return Batch(*map(_tensor, arrays), domains_BT=domains_BT)
-        return Batch(*map(_tensor, arrays))
+        domains_BT = None if self._domains is None else _tensor(np.where(real_BT, self._domains[piece_BT], 0))
+        ids, labels, positions, documents = map(_tensor, arrays)
+        return Batch(ids, labels, positions, documents, domains_BT=domains_BT)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -109,7 +109,6 @@ class Trainer:
         self.at = _Position()
         self.window = Window()
         self.advised = False
-        self.weights = [float(o.weight) for o in step.objectives]
         step.to(self.world.device)
         self._shard(groups)
 
@@ -319,7 +318,7 @@ class Trainer:
         except TeacherError as error:
             failure = error
         self.window.teacher_seconds += time.perf_counter() - asked
-        counts = [0] * len(self.weights)
+        counts = [0] * len(self.train_step.objectives)
         if parts:
             counts = torch.stack([self.train_step.counts(part) for part, _ in parts]).sum(0).tolist()
         flags = [int(stop.reason is not None), int(failure is not None), len(parts)]
@@ -333,7 +332,8 @@ class Trainer:
 
     def _accumulate(self, agreed: _Agreed) -> Tensor:
         """Gradients of a step; returns this rank's share of its loss.  The only division by a token count is here."""
-        scales = [weight / max(count, 1) for weight, count in zip(self.weights, agreed.counts, strict=True)]
+        weights = self.train_step.weights(self.at.step)
+        scales = [weight / max(count, 1) for weight, count in zip(weights, agreed.counts, strict=True)]
         loss: Tensor | float = 0.0
         for rows, given in agreed.parts:
             part = rows.to(self.world.device)

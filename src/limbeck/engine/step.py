@@ -79,6 +79,14 @@ class TrainStep(nn.Module):
         """Number of positions each objective sums over, int64 ``[objectives]``, from the masks alone."""
         return torch.stack([torch.as_tensor(o.count(batch), dtype=torch.int64) for o in self.objectives])
 
+    def weights(self, step: int) -> list[float]:
+        """Each objective's weight in a step (from 0); one with a ``schedule`` is moved to it."""
+        for objective in self.objectives:
+            schedule = getattr(objective, "schedule", None)
+            if schedule is not None:
+                objective.weight = schedule.at(step)
+        return [float(objective.weight) for objective in self.objectives]
+
     def _account(self, metrics: Metrics, index: int, term: LossTerm, count: Tensor | int, scale: float) -> Tensor:
         """Add a term's numbers to ``metrics``; returns the term's share of the loss."""
         label, weight = self.labels[index], self.objectives[index].weight

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.errors import DataError
-from limbeck.models.head import head_of
+from limbeck.models.head import head_of, without_padding
 from limbeck.models.packed import forward_packed
 from limbeck.ops.fused import linear_kl
 from limbeck.types import Batch, Head
@@ -25,7 +25,12 @@ class DivergenceTally:
         self.tokens = 0
 
     def add(self, hidden_BTD: Tensor, head: Head, teacher_BTD: Tensor, teacher_head: Head, mask_BT: Tensor) -> None:
-        """Compare two models' predictions at the positions of a mask."""
+        """Compare two models' predictions at the positions of a mask.
+
+        Rows that only the wider of two heads has are padding: both are known to hold every id of the tokenizer.
+        """
+        num_ids = min(head.weight_VD.shape[0], teacher_head.weight_VD.shape[0])
+        head, teacher_head = without_padding(head, num_ids), without_padding(teacher_head, num_ids)
         kl, metrics = linear_kl(hidden_BTD.flatten(0, 1), head, teacher_BTD.flatten(0, 1), teacher_head, mask_BT.flatten())
         self.kl += float(kl)
         self.agreement += float(metrics.agreement)

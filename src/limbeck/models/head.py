@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,16 +30,21 @@ def head_of(model: PreTrainedModel, num_ids: int | None = None) -> Head:
     if getattr(config, "logits_scaling", None) is not None:
         scale /= float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None)
-    rows, mask_V = projection.weight.shape[0], None
-    if num_ids is not None and num_ids < rows:
-        mask_V = torch.arange(rows, device=projection.weight.device) < num_ids
-    return Head(
+    head = Head(
         weight_VD=projection.weight,
         bias_V=getattr(projection, "bias", None),
         softcap=None if softcap is None else float(softcap),
         scale=scale,
-        vocab_mask_V=mask_V,
     )
+    return head if num_ids is None else without_padding(head, num_ids)
+
+
+def without_padding(head: Head, num_ids: int) -> Head:
+    """The head with its rows from ``num_ids`` on masked, if it has any."""
+    rows = head.weight_VD.shape[0]
+    if num_ids >= rows:
+        return head
+    return replace(head, vocab_mask_V=torch.arange(rows, device=head.weight_VD.device) < num_ids)
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:

@@ -5,6 +5,8 @@ Two sizes can agree while the tokens differ, and two paddings of one vocabulary 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from limbeck.errors import ModelError
@@ -19,6 +21,12 @@ def check_vocabulary(tokenizer: Any, model: Any, *, who: str) -> None:
             f"the tokenizer emits ids up to {highest}, and {who} has {rows} embedding rows: use the tokenizer that belongs to "
             f"the model, or build the model with vocab_size >= {highest + 1}"
         )
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """SHA-256 of the token strings in the order of their ids: equal for two tokenizers that mean the same by every id."""
+    listed = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def shared_ids(tokenizer: Any, student: Any, teacher: Any) -> int:

@@ -161,7 +161,7 @@ def fused(
     """
     head = whole_head(head)
     projection = project_with(hidden_ND, head, width, mask_V, temperature)
-    chunk = chunk or chunk_for(width, hidden_ND.device)
+    chunk = chunk or chunk_for(hidden_ND.device)
     # Asked here: inside the function grad mode is always off.
     wants = torch.is_grad_enabled()
     loss, *sums = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, projection, rows_n, ids_nK, target, chunk, wants)
@@ -242,6 +242,11 @@ class _FusedLoss(torch.autograd.Function):
         spread = None
         if dhidden is not None:
             spread = dhidden.new_zeros(ctx.shape).index_copy_(0, rows_n, (dhidden * dloss).to(dhidden.dtype))
-        weight = None if dweight is None else (dweight * dloss).to(weight_dtype)
-        bias = None if dbias is None else (dbias * dloss).to(bias_dtype)
+        weight = None if dweight is None else _scaled(dweight, dloss, weight_dtype)
+        bias = None if dbias is None else _scaled(dbias, dloss, bias_dtype)
         return spread, weight, bias, None, None, None, None, None, None
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor * x`` in another dtype, without a copy of the head in the wider one on the way."""
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))

@@ -45,7 +45,7 @@ def linear_topk(
     width, mask_V = common_vocabulary([head])
     projection = project_with(hidden_ND, head, width, mask_V, 1.0)
     accumulate = projection.accumulate
-    chunk = chunk or chunk_for(width, hidden_ND.device)
+    chunk = chunk or chunk_for(hidden_ND.device)
     k = min(k, width if mask_V is None else int(mask_V.sum()))
     ids, kept, sums, drawn = [], [], [], []
     for start in range(0, rows_n.numel(), chunk):

@@ -115,7 +115,7 @@ def linear_topk_divergence(
     if tail == "renorm_both":
         target, ids_nK = _on_kept_ids(teacher), teacher.ids_nK
         gathered = max(ids_nK.shape[1] * head.weight_VD.shape[1] * head.weight_VD.element_size(), 1)
-        chunk = max(1, min(chunk or chunk_for(width, hidden_ND.device), GATHERED_BYTES // gathered))
+        chunk = max(1, min(chunk or chunk_for(hidden_ND.device), GATHERED_BYTES // gathered))
     else:
         target, ids_nK = _on_everything(teacher, tail, direction), None
     loss, sums = fused(hidden_ND, head, rows_n, target, temperature, width, mask_V, chunk, ids_nK)

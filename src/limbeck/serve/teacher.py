@@ -41,6 +41,7 @@ from starlette.types import ASGIApp
 from limbeck import __version__
 from limbeck.errors import DataError
 from limbeck.models.loading import load_tokenizer
+from limbeck.models.vocabulary import vocabulary_digest
 from limbeck.needs import TopK
 from limbeck.serve.bodies import parse_object, read_body
 from limbeck.serve.gate import application, exit_stack
@@ -269,10 +270,9 @@ def _digest(value: Any) -> str:
 def _tokenizer_digest(scorer: Scorer) -> str | None:
     """SHA-256 of the token strings in the order of their ids; None for a model without a tokenizer."""
     try:
-        vocabulary = load_tokenizer(scorer.source, scorer.revision).get_vocab()
+        return vocabulary_digest(load_tokenizer(scorer.source, scorer.revision))
     except DataError:
         return None
-    return hashlib.sha256(json.dumps(sorted((index, token) for token, index in vocabulary.items())).encode()).hexdigest()
 
 
 def model_name(source: str) -> str:

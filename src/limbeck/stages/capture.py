@@ -22,7 +22,7 @@ from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import compare_vocabularies
 from limbeck.needs import TopK
 from limbeck.stages.context import StageContext
-from limbeck.stages.teaching import build_teacher
+from limbeck.stages.teaching import build_teacher, check_served_vocabulary
 from limbeck.teachers.documents import Ask, TopKRows, asks_of
 from limbeck.teachers.store.blocks import asked_of
 from limbeck.teachers.store.store import SignalStore
@@ -57,6 +57,7 @@ class CaptureStage:
             if options.teacher.kind == "local":
                 compare_vocabularies(tokenizer, load_tokenizer(teacher.source), names=("the data", f"the teacher {teacher.source}"))
                 teacher.num_ids = num_ids
+            check_served_vocabulary(teacher, tokenizer)
             for line in getattr(teacher, "summary", ()):
                 context.say(f"  {line}")
             self._capture(teacher, sides, num_ids)

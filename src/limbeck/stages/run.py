@@ -239,6 +239,10 @@ def _key(recipe: Recipe, name: str, recipe_dir: Path) -> str:
     files = {}
     for source in _sources(options):
         files[source] = _listing(Path(resolve_source(source, recipe_dir)))
+    for teacher in _teachers(getattr(options, "teacher", None)):
+        # A store that is a cache grows by being used; one that is only read must stay what it was.
+        if isinstance(signals := getattr(teacher, "signals", None), str) and teacher.teacher is None:
+            files[signals] = _listing((recipe_dir / signals).resolve())
     data = getattr(options, "data", None)
     if isinstance(data, DataOptions):
         files["data"] = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in input_files(data, recipe_dir)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from limbeck.config.base import From
 from limbeck.config.parts.teachers import TEACHERS
-from limbeck.errors import RunError
+from limbeck.errors import RunError, TeacherError
+from limbeck.models.vocabulary import vocabulary_digest
 from limbeck.stages.context import StageContext
 
 
@@ -38,3 +40,30 @@ def signal_folder(context: StageContext, signals: str | From) -> Path:
             "name a capture stage"
         )
     return context.artefact(signals.from_, "signals")
+
+
+def check_served_vocabulary(teacher: Any, tokenizer: Any) -> None:
+    """Refuse a served teacher that means other tokens by the data's ids, where the server says which it means."""
+    for part in parts_of(teacher):
+        served = getattr(getattr(part, "findings", None), "tokenizer", None)
+        ours = vocabulary_digest(tokenizer)
+        if served is not None and served != ours:
+            raise TeacherError(
+                f"the teacher at {part.options.url} has another vocabulary than the data (digest {served[:12]} there, {ours[:12]} here): its ids "
+                "mean other tokens; prepare the data with the teacher's own tokenizer, or serve a teacher of the same one"
+            )
+
+
+def tell_domains(teacher: Any, domains: Sequence[str]) -> None:
+    """Give a mixture, also one behind a store, the names of the data's domains."""
+    for part in parts_of(teacher):
+        if hasattr(part, "domains"):
+            part.domains = domains
+
+
+def parts_of(teacher: Any) -> Iterator[Any]:
+    """A teacher and those that it stands in front of."""
+    if teacher is not None:
+        yield teacher
+        for inner in [getattr(teacher, "inner", None), *getattr(teacher, "teachers", {}).values()]:
+            yield from parts_of(inner)

@@ -21,7 +21,7 @@ from limbeck.models.vocabulary import check_vocabulary, compare_vocabularies, sh
 from limbeck.needs import AttentionStream, merge_needs
 from limbeck.stages.context import StageContext
 from limbeck.stages.folder import digest
-from limbeck.stages.teaching import build_teacher
+from limbeck.stages.teaching import build_teacher, check_served_vocabulary, tell_domains
 from limbeck.students.selection import parameter_groups, select_trainable
 from limbeck.students.stochastic_depth import skip_attention
 from limbeck.students.student import Student, build_student
@@ -50,6 +50,7 @@ class TrainStage:
             skip_attention(student.model, options.student.skip_attention)
         check_vocabulary(load_tokenizer(tokenizer_source), student.model, who="the student")
         teacher = self._teacher(student, device, tokenizer_source)
+        tell_domains(teacher, rows.info.domains)
         if hasattr(teacher, "source"):
             self._share_vocabulary(student, teacher, tokenizer_source)
 
@@ -114,6 +115,9 @@ class TrainStage:
             num_ids = max(load_tokenizer(tokenizer_source).get_vocab().values()) + 1
             teacher = build_teacher(self.context, options, num_ids=num_ids)
         teacher.load(device)
+        check_served_vocabulary(teacher, load_tokenizer(tokenizer_source))
+        for line in getattr(teacher, "summary", ()):
+            self.context.say(f"  {line}")
         return teacher
 
     def _share_vocabulary(self, student: Student, teacher: Any, tokenizer_source: str) -> None:

@@ -34,9 +34,9 @@ class LocalTeacher(Scorer):
             signal[TopK] = _top_k(output, batch, need)
         return signal
 
-    def ask(self, asks: Sequence[Ask], need: TopK) -> list[TopKRows | None]:
-        """Answer documents, as teachers elsewhere do."""
-        return list(self.score(asks, need))
+    def ask(self, asks: Sequence[Ask], need: TopK, *, alone: bool = False) -> list[TopKRows | None]:
+        """Answer documents as teachers elsewhere do; ``alone`` computes each on its own, so that its bits depend on nothing else."""
+        return [self.score([ask], need)[0] for ask in asks] if alone else list(self.score(asks, need))
 
     def head(self) -> Head:
         """The output projection, with padding that the student does not have masked."""

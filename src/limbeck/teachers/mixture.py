@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class MixtureTeacher:
         self.default = options.default
         self.domains: Sequence[str] = ("text",)
         self.lookahead = max((getattr(t, "lookahead", 1) for t in self.teachers.values() if hasattr(t, "submit")), default=0)
+        self.missing = "skip" if any(getattr(t, "missing", "ce_only") == "skip" for t in self.teachers.values()) else "ce_only"
         # Teachers elsewhere are asked side by side; one in this process takes its turn when its answer is needed.
         self._threads = {
             name: ThreadPoolExecutor(getattr(teacher, "in_flight", 4), thread_name_prefix=f"teacher-{name}")
@@ -60,15 +62,31 @@ class MixtureTeacher:
         need = needs[TopK]
         assert isinstance(need, TopK)
         asks, places = asks_of(batch)
+        return _Answers(self, batch, asks, places, self._parts(asks, need), need)
+
+    def ask(self, asks: Sequence[Ask], need: TopK, *, alone: bool = False) -> list[TopKRows | None]:
+        """Answer documents, each by its own teacher and with ``alone`` each on its own; None for what one did not answer."""
+        return self._gather(len(asks), self._parts(asks, need, alone), None)
+
+    def _parts(self, asks: Sequence[Ask], need: TopK, alone: bool = False) -> list[_Part]:
         routed: dict[str, list[int]] = {}
         for index, ask in enumerate(asks):
             routed.setdefault(self.route(ask), []).append(index)
         parts = []
         for name, indices in routed.items():
-            mine, pool = [asks[i] for i in indices], self._threads.get(name)
-            later = pool.submit(self.teachers[name].ask, mine, need) if pool is not None else None
-            parts.append(_Part(name, indices, mine, later))
-        return _Answers(self, batch, asks, places, parts, need)
+            question = partial(self.teachers[name].ask, [asks[i] for i in indices], need, alone=alone)
+            pool = self._threads.get(name)
+            parts.append(_Part(indices, question, None if pool is None else pool.submit(question)))
+        return parts
+
+    def _gather(self, number: int, parts: list[_Part], timeout: float | None) -> list[TopKRows | None]:
+        """Wait for those elsewhere first, then ask those in this process."""
+        answers: list[TopKRows | None] = [None] * number
+        for part in sorted(parts, key=lambda part: part.later is None):
+            found = part.question() if part.later is None else part.later.result(timeout)
+            for index, answer in zip(part.indices, found, strict=True):
+                answers[index] = answer
+        return answers
 
     def signal(self, batch: Batch, needs: Mapping[type[Need], Need]) -> Signal:
         """The answer, waited for."""
@@ -100,11 +118,10 @@ class MixtureTeacher:
 
 @dataclass
 class _Part:
-    """One teacher's documents of a batch, by their place in it, and its answer if it is on its way."""
+    """The question to one teacher about the documents at ``indices``, and the answer if it is on its way."""
 
-    name: str
     indices: list[int]
-    asks: list[Ask]
+    question: Callable[[], list[TopKRows | None]]
     later: Future[list[TopKRows | None]] | None
 
 
@@ -116,13 +133,8 @@ class _Answers:
         self._asks, self._places, self._parts = asks, places, parts
 
     def result(self, timeout: float | None = None) -> tuple[Batch, Signal]:
-        """Wait for those elsewhere first, then ask those in this process."""
-        answers: list[TopKRows | None] = [None] * len(self._asks)
-        for part in sorted(self._parts, key=lambda part: part.later is None):
-            teacher = self._mixture.teachers[part.name]
-            found = part.later.result(timeout) if part.later is not None else teacher.ask(part.asks, self._need)
-            for index, answer in zip(part.indices, found, strict=True):
-                answers[index] = answer
-        missing = "skip" if any(getattr(t, "missing", "ce_only") == "skip" for t in self._mixture.teachers.values()) else "ce_only"
-        batch, signal = assemble(self._batch, self._asks, self._places, answers, self._need.temperatures, missing=missing)
+        """The signal of all."""
+        mixture, need = self._mixture, self._need
+        answers = mixture._gather(len(self._asks), self._parts, timeout)
+        batch, signal = assemble(self._batch, self._asks, self._places, answers, need.temperatures, missing=mixture.missing)
         return batch, Signal({TopK: signal})

@@ -94,8 +94,10 @@ class StoredTeacher:
         """Ids that the stored distributions are over, where that is known already."""
         return self._store.identity.vocabulary if self._store is not None else self.num_ids
 
-    def ask(self, asks: Sequence[Ask], need: TopK) -> list[TopKRows | None]:
+    def ask(self, asks: Sequence[Ask], need: TopK, *, alone: bool = True) -> list[TopKRows | None]:
         """Answers to documents, in order; None for those that the teacher behind the store left out.
+
+        Each is asked about ``alone``, also for those who do not insist on it.
 
         Raises:
             TeacherError: the store does not hold what is needed, or is damaged.
@@ -263,7 +265,7 @@ def ask_each(inner: Any, asks: Sequence[Ask], need: TopK, turn: threading.Lock |
     if not hasattr(inner, "score"):
         return list(inner.ask(asks, need, alone=True))
     with turn or threading.Lock(), torch.autocast(inner.model.device.type, enabled=False):
-        return [inner.score([ask], need)[0] for ask in asks]
+        return list(inner.ask(asks, need, alone=True))
 
 
 def identity_of(

@@ -54,7 +54,7 @@ class FusedOptions(ObjectiveOptions):
     """Fields of the objectives that are fused with the head."""
 
     chunk: int | None = Field(None, ge=1)
-    """Tokens whose logits exist at one time; null: 16 MiB of them on a CPU, 1024 tokens on other devices."""
+    """Tokens whose logits exist at one time; null: 128 on a CPU, 1024 elsewhere."""
 
 
 class DivergenceOptions(FusedOptions):
@@ -123,7 +123,7 @@ class TopKKLOptions(DivergenceOptions):
     @model_validator(mode="after")
     def _fits_together(self) -> TopKKLOptions:
         def refuse(message: str) -> None:
-            raise PydanticCustomError("topk_kl", message)  # type: ignore[arg-type]
+            raise PydanticCustomError("topk_kl", message)
 
         if not self.k and not self.samples:
             refuse("topk_kl: `k` is 0, which needs `samples` above 0")

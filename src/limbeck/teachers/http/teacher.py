@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class HttpTeacher:
         try:
             self.findings = self._pipeline.call(preflight(self._pipeline))
             explore(self._pipeline, self.findings, self.patience)
+            self._keep_to(self.findings.token_limit)
         except BaseException:
             self.close()
             raise
@@ -179,6 +181,12 @@ class HttpTeacher:
                 f"start it with `{setting} {need.k}`, or lower the objective's k"
             )
         return self.pipeline.protocol.answerable(need)
+
+    def _keep_to(self, token_limit: int | None) -> None:
+        """Where the server counts a request's tokens, groups are no larger than it takes: halves would cost a refusal each time."""
+        settings = self.pipeline.settings
+        if token_limit is not None and self.options.protocol == "limbeck":
+            self.pipeline.settings = replace(settings, tokens_per_request=min(settings.tokens_per_request, token_limit))
 
     def _token(self) -> str | None:
         name = self.options.token_env

@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 
 CONNECT_SECONDS = 10.0
+_HERE = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,16 @@ class Transport:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         # Health checks and the canary must get through when every place is taken.
         limits = httpx2.Limits(max_connections=connections + 2, max_keepalive_connections=connections + 2)
-        # No redirects: a token goes where the recipe says and nowhere else.  Reading certificates takes a while.
-        self._client = httpx2.AsyncClient(headers=headers, limits=limits, follow_redirects=False, verify=self._url.scheme == "https")
+        self._client = httpx2.AsyncClient(
+            headers=headers,
+            limits=limits,
+            # A token goes where the recipe says and nowhere else.
+            follow_redirects=False,
+            # Reading certificates takes a while.
+            verify=self._url.scheme == "https",
+            # A proxy of the environment does not reach this machine's own ports.
+            trust_env=self._url.host not in _HERE,
+        )
 
     async def get(self, path: str, timeout: float) -> Reply:
         """One GET; raises :class:`TransportError`."""
