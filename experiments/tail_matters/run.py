@@ -3,8 +3,8 @@
     python experiments/tail_matters/run.py            # about forty minutes on two cores
     python experiments/tail_matters/run.py --quick    # the machinery in a minute; proves nothing
 
-A student of a third of the teacher's size, from the same random start in every arm, at equal tokens.  The measure is the one
-that no arm trains on: the dense KL to the teacher on held-out text, beside its cross-entropy.
+The student is the quickstart's hybrid (two of eight layers softmax), aligned once a seed; every arm goes on from there for the
+same tokens in the same order.  The measure is the dense KL to the teacher on held-out text, beside cross-entropy.
 """
 
 from __future__ import annotations
@@ -50,17 +50,16 @@ def arm_name(setting: str) -> str:
 
 
 def all_arms(chosen: list[tuple[str, str]], seed: int, quick: bool) -> Recipe:
-    """One recipe with every arm of a seed: the text is prepared once, and what is done is not done again."""
-    short = ["distil.loop.tokens=8k", "distil.loop.batch_tokens=2048", "evaluate.rows=4"] if quick else []
-    tree = load_recipe(HERE / "recipe.yaml", [f"distil.seed={seed}", *short]).model_dump(mode="json", by_alias=True)
-    distil, evaluate = tree["stages"]["distil"], tree["stages"]["evaluate"]
-    stages: dict[str, Any] = {"text": {"kind": "prepare", "data": distil["data"]}}
+    """One recipe with every arm of a seed: align once, and what is done is not done again."""
+    short = ["align.loop.tokens=8k", "distil.loop.tokens=8k", "evaluate.rows=4"] if quick else []
+    seeds = [f"{stage}.seed={seed}" for stage in ("align", "distil")]
+    tree = load_recipe(HERE / "recipe.yaml", [*seeds, *short]).model_dump(mode="json", by_alias=True)["stages"]
+    stages: dict[str, Any] = {"align": tree["align"]}
     for setting, objectives in chosen:
-        name, alone = arm_name(setting), setting == "ce only"
-        stages[name] = {**distil, "data": {"from": "text"}, "objectives": yaml.safe_load(objectives)}
-        if alone:
-            del stages[name]["teacher"]
-        stages[f"evaluate-{name}"] = {**evaluate, "from": name, "against": [] if alone else ["teacher"]}
+        name = arm_name(setting)
+        stages[name] = {**tree["distil"], "objectives": yaml.safe_load(objectives)}
+        stages[f"evaluate-{name}"] = {**tree["evaluate"], "from": name}
+    stages["evaluate-align"] = {**tree["evaluate"], "from": "align"}
     return Recipe.model_validate({"name": "tail_matters", "stages": stages})
 
 
@@ -86,7 +85,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in seeds:
         run = run_recipe(all_arms(chosen, seed, options.quick), recipe_dir=HERE, run_dir=out / f"seed-{seed}")
-        for setting, _ in chosen:
+        for setting in ["align", *(setting for setting, _ in chosen)]:
             values = measured(run, setting)
             rows += [{"setting": setting, "seed": seed, "metric": metric, "value": value} for metric, value in values.items()]
             print(f"seed {seed}  {setting:24}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
