@@ -159,8 +159,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     shape = QUICK if options.quick else FULL
     names = options.only or list(QUICK_NAMES if options.quick else LOSSES)
     rows = measure(shape, names, 3 if options.quick else 15, options.threads)
+    print("| loss | tokens that count | extra memory, MiB | CPU ms (fastest) | wall ms |\n|---|---|---|---|---|")
     for row in rows:
-        print("{setting}: {value} ms CPU (fastest {fastest}), {wall} ms, {extra_mib} MiB, apart {apart}".format(**row))
+        print("| {name} | {share:.0%} | {extra_mib} | {value} ({fastest}) | {wall} |".format(**row))
     criteria = judge(rows)
     for line in criteria:
         print("{name}: {measured} ({bound}) {holds}".format(**line))
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if folder:
         command = "python -m benchmarks.fused_loss.run" + (" --quick" if options.quick else "")
         claim = "The fused top-k divergence needs a tenth of the memory of TRL's GKD loss and no more time than dense code"
-        rows = [{**row, **shape, "peers": installed()} for row in rows]
+        rows = [{**row, **shape, "threads": options.threads, "peers": installed()} for row in rows]
         write_results(folder, claim, command, [0], rows, criteria)
     return criteria
 
