@@ -16,10 +16,19 @@ from limbeck.models.structure import attention_view, decoder_layers
 EXTRA: dict[str, dict[str, Any]] = {
     "swa-narrow": {"kind": "swa", "window": 5, "sinks": 2},
     "swa-no-sinks": {"kind": "swa", "window": 3, "sinks": 0},
-    "deltanet": {"kind": "gated_deltanet", "decay": "none", "beta": "one"},
+    "gated_deltanet-plain": {"kind": "gated_deltanet", "decay": "none", "beta": "one"},
     "gated_deltanet-everything": {"kind": "gated_deltanet", "short_conv": 3, "activation": "silu", "deep_kv": True, "chunk": 8},
     "gated_deltanet-normed": {"kind": "gated_deltanet", "output_norm": True},
+    "deltanet-everything": {"kind": "deltanet", "short_conv": 2, "beta": "one", "output_norm": True, "deep_kv": True, "gate_bias": False},
+    "kda-everything": {"kind": "kda", "short_conv": 3, "activation": "silu", "output_norm": True, "chunk": 8, "rope": False},
+    "gla-normed": {"kind": "gla", "output_norm": True, "short_conv": 3, "chunk": 8},
+    "lightning-normed": {"kind": "lightning", "output_norm": True, "output_gate": False, "rope": False, "keep_qk_norm": False},
+    "mamba2-convolution": {"kind": "mamba2", "short_conv": 4, "activation": "silu", "output_norm": True, "qk_norm": "none"},
     "gated_deltanet-free-keys": {"kind": "gated_deltanet", "qk_norm": "none", "beta": "learned"},
+    "hgrn-everything": {"kind": "hgrn", "short_conv": 3, "rope": True, "qk_norm": "none", "output_norm": True, "chunk": 8},
+    "gsa-few": {"kind": "gsa", "slots": 5, "qk_norm": "none", "decay_temperature": 1, "chunk": 8},
+    "path-plain": {"kind": "path", "rope": False, "short_conv": 0, "beta_init": 1.0, "chunk": 8},
+    "rwkv7-plain": {"kind": "rwkv7", "token_shift": False, "rope": False, "output_norm": True, "chunk": 8},
 }
 
 

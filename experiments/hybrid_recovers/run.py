@@ -47,11 +47,11 @@ def rates(lr: float) -> list[dict[str, Any]]:
     return [{"role": "mixers", "lr": lr}, {"role": "rest", "lr": lr / 5}]
 
 
-def tune_no_align(seed: int, more: list[str], out: Path) -> tuple[float, list[dict[str, Any]]]:
+def tune_no_align(seed: int, more: list[str], out: Path, tried: tuple[float, ...]) -> tuple[float, list[dict[str, Any]]]:
     """The control's best mixer learning rate by held-out cross-entropy, on one seed."""
     tree = seeded(seed, *more).model_dump(mode="json", by_alias=True)
     found = {}
-    for lr in LEARNING_RATES:
+    for lr in tried:
         stage = {**tree["stages"]["no_align"], "data": tree["stages"]["align"]["data"]}
         stage["optim"] = {**stage["optim"], "groups": rates(lr)}
         evaluate = {**tree["stages"]["evaluate_kept"], "from": "no_align", "against": ["teacher"], "recall": None}
@@ -61,16 +61,16 @@ def tune_no_align(seed: int, more: list[str], out: Path) -> tuple[float, list[di
     return best(found, "no_align", seed)
 
 
-def tune_aligned(seed: int, more: list[str], out: Path) -> tuple[float, list[dict[str, Any]]]:
+def tune_aligned(seed: int, more: list[str], out: Path, tried: tuple[float, ...]) -> tuple[float, list[dict[str, Any]]]:
     """The same for the aligned all-linear arm."""
     tree = seeded(seed, *more).model_dump(mode="json", by_alias=True)["stages"]
     stages = {"align": tree["align"]}
-    for lr in LEARNING_RATES:
+    for lr in tried:
         name = f"linear-lr-{lr:g}"
         stages[name] = {**tree["linear"], "optim": {**tree["linear"]["optim"], "groups": rates(lr)}}
         stages[f"evaluate-{name}"] = {**tree["evaluate_kept"], "from": name, "against": ["teacher"], "recall": None}
     run = run_recipe(Recipe.model_validate({"name": "tune", "stages": stages}), recipe_dir=HERE, run_dir=out / "linear-lr")
-    names = {lr: f"linear-lr-{lr:g}" for lr in LEARNING_RATES}
+    names = {lr: f"linear-lr-{lr:g}" for lr in tried}
     return best({lr: measured(run, f"evaluate-{name}")[name]["ce"] for lr, name in names.items()}, "linear", seed)
 
 
@@ -149,8 +149,9 @@ def main() -> None:
     more = QUICK if options.quick else []
     out = options.out / "quick" if options.quick else options.out
 
-    control_lr, rows = tune_no_align(seeds[0], more, out)
-    aligned_lr, tuned = tune_aligned(seeds[0], more, out)
+    tried = LEARNING_RATES[:1] if options.quick else LEARNING_RATES
+    control_lr, rows = tune_no_align(seeds[0], more, out, tried)
+    aligned_lr, tuned = tune_aligned(seeds[0], more, out, tried)
     rows += tuned
     for arm, lr in (("no_align", control_lr), ("linear", aligned_lr), ("kept", aligned_lr), ("rows", aligned_lr)):
         more = [*more, f"{arm}.optim.groups.0.lr={lr}", f"{arm}.optim.groups.1.lr={lr / 5}"]

@@ -18,6 +18,8 @@ QUICK = {
     "benchmarks/signal_store": [],
     "benchmarks/teacher_latency": [],
     "experiments/hybrid_recovers": ["--out", "{tmp}"],
+    "experiments/layer_selection": ["--out", "{tmp}"],
+    "experiments/native_cost": ["--out", "{tmp}"],
     "experiments/tail_matters": ["--out", "{tmp}"],
 }
 

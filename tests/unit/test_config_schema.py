@@ -66,7 +66,7 @@ def test_an_unknown_template_names_the_shipped_ones() -> None:
     [
         ("swa", "Tokens a position sees"),
         ("mixer.swa", "sinks: a whole number at least 0; default 4"),
-        ("loop.tokens", "at stages.train.loop.tokens"),
+        ("loop.tokens", "stages.train.loop.tokens"),
         ("stages.align.optim.groups.0.lr", "Peak learning rate."),
         ("optim.clip", "a number above 0 or null; default 1.0"),
         ("hybrid", "align      train"),

@@ -9,7 +9,17 @@ from limbeck.cli.arguments import Overrides, RecipeArgument
 
 def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Say what a recipe would do, or all that is wrong with it."""
-    from limbeck.config.load import load_recipe
+    from limbeck.config.load import load_recipe, recipe_folder
+    from limbeck.config.native import native_exports
     from limbeck.config.summary import summarise
 
-    typer.echo(summarise(load_recipe(recipe, overrides or ())))
+    loaded = load_recipe(recipe, overrides or ())
+    notes: list[str] = []
+    if native_exports(loaded):
+        # Reads the teacher's config, by transformers: seconds that other recipes need not pay.
+        from limbeck.stages.native import check_native_teachers
+
+        notes = check_native_teachers(loaded, recipe_folder(recipe))
+    typer.echo(summarise(loaded))
+    for note in notes:
+        typer.echo(f"\nnot checked: {note}")

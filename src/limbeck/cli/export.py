@@ -10,11 +10,11 @@ import typer
 
 def export(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="RUN/STAGE, RUN/STAGE@STEP, or a model folder.")],
-    to: Annotated[str, typer.Option(help="Format.")] = "hf",
+    to: Annotated[str, typer.Option(help="hf (needs limbeck to load) or native (stock transformers).")] = "hf",
     output: Annotated[Path | None, typer.Option(help="Folder to write; beside the stage by default.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
 ) -> None:
-    """Write a Hugging Face folder from a run or a model."""
+    """Write a model folder from a run or a model."""
     from limbeck.cli.console import say
     from limbeck.stages.export import export_path
 

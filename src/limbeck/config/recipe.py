@@ -9,10 +9,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from limbeck.config.base import From, Options, PartOf
+from limbeck.config.native import native_problems
 from limbeck.config.parts.stages import STAGES
+from limbeck.config.ranking import ranking_problems
 from limbeck.errors import Problem, did_you_mean
 
-_WITHOUT_MODEL = ("prepare", "evaluate", "capture")
+_WITHOUT_MODEL = ("prepare", "evaluate", "capture", "rank_layers")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -70,7 +72,7 @@ def stage_problems(recipe: Recipe) -> list[Problem]:
                 message = f"stage {target!r} has a grid, so it is several results, not one: name a stage without a grid"
                 problems.append(Problem("", f"stages.{name}.{path}", message))
         problems += signal_problems(recipe, name)
-    return problems
+    return problems + native_problems(recipe) + ranking_problems(recipe)
 
 
 def signal_problems(recipe: Recipe, name: str) -> list[Problem]:
@@ -105,9 +107,15 @@ def reference_problems(edges: dict[str, list[tuple[str, str]]], kinds: dict[str,
             elif path.endswith("signals.from"):
                 if (kind := kinds.get(target)) not in ("capture", None):
                     problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it makes no signals"))
+            elif path.endswith("keep.from"):
+                if (kind := kinds.get(target)) not in ("rank_layers", None):
+                    problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it ranks no layers; name a rank_layers stage"))
+            elif kinds.get(name) == "rank_layers" and path == "from" and kinds.get(target) not in ("train", None):
+                message = f"stage {target!r} is of kind {kinds[target]}: name the train stage whose student has the mixers"
+                problems.append(Problem("", f"stages.{name}.{path}", message))
             elif (kind := kinds.get(target)) in _WITHOUT_MODEL and not path.startswith("data"):
                 problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it makes no model"))
-            elif kind in ("evaluate", "export") and path == "data.from":
+            elif kind in ("evaluate", "export", "rank_layers") and path == "data.from":
                 problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it prepares no data"))
     done: set[str] = set()
 

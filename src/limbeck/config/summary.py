@@ -41,6 +41,12 @@ def _facts(recipe: Recipe, stage: Any) -> list[tuple[str, str]]:
         facts.append(("budget", _budget(stage.loop, _sequence(recipe, stage.data))))
     if hasattr(stage, "against"):
         facts.append(("against", ", ".join(stage.against) or "nothing"))
+    if stage.kind == "rank_layers":
+        beside = [name for name in stage.methods if name != stage.method]
+        facts.append(("keeps", f"{stage.keep} layers by {stage.method}; beside it {', '.join([*beside, 'uniform', f'{stage.random_sets} random sets'])}"))
+        if stage.distil is not None:
+            data = stage.data or From.model_validate({"from": stage.from_})
+            facts.append(("candidates", f"{stage.candidates}, each {_budget(stage.distil.loop, _sequence(recipe, data))}"))
     if hasattr(stage, "to"):
         facts.append(("writes", ", ".join(stage.to)))
     return facts

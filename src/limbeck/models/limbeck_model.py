@@ -22,6 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from limbeck.config.base import Part
 from limbeck.config.parts.surgeries import SURGERIES
 from limbeck.errors import ModelError, did_you_mean
+from limbeck.models.across import carry_across
+from limbeck.models.head import backbone
 from limbeck.models.limbeck_config import LimbeckConfig
 from limbeck.models.packed import FLAG
 from limbeck.models.strict import check_loading
@@ -49,7 +51,7 @@ class HybridMixin(_Model):
         super().__init__(config, *args, **kwargs)
         for surgery in surgeries_of(config):
             surgery.apply(self)
-        check_reloadable(self.mixers())
+        self.finish_surgery()
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,6 +63,13 @@ class HybridMixin(_Model):
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         check_loading(model, info, str(source))
         return (model, info) if with_info else model
+
+    def finish_surgery(self) -> None:
+        """Check that the mixers survive save and load, and give a carrier to those that read what earlier layers made."""
+        mixers = self.mixers()
+        check_reloadable(mixers)
+        if any(getattr(mixer, "carries_across_layers", False) for mixer in mixers.values()):
+            carry_across(backbone(self))
 
     def replaced(self) -> list[int]:
         """Indices of the layers that hold a mixer."""
@@ -238,7 +247,7 @@ def wrap_student(base_model: PreTrainedModel, surgery: Sequence[Part], base_info
         for built in surgeries_of(student.config):
             built.apply(student)
             reports.extend(built.initialise(student, base_model))
-    check_reloadable(student.mixers())
+    student.finish_surgery()
     student.surgery_reports = reports
     return student
 

@@ -31,9 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FLOOR = -60.0
-"""Decay within a chunk stops at ``e^-60 = 1e-26``: below fp64's resolution of anything it is added to, and far from denormal
-numbers, on which exp and every product run tens of times slower."""
+from limbeck.ops.chunks import FLOOR, chunk_masks, to_chunks
 
 
 @dataclass(frozen=True)
@@ -80,19 +78,11 @@ def chunked_delta_rule(
     return output, final
 
 
-def _to_chunks(x: Tensor, size: int) -> Tensor:
-    """``[B, T, H, ...] -> [c, B, H, C, ...]``, zeros after the end; a view when T is a multiple of C."""
-    tail = -x.shape[1] % size
-    if tail:
-        x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, tail))
-    return x.unflatten(1, (-1, size)).movedim(1, 0).transpose(2, 3)
-
-
 def _to_tokens(x: Tensor, num_tokens: int, dtype: torch.dtype, factor: Tensor | float = 1.0) -> Tensor:
     """``[c, B, H, C, D] * factor -> [B, T, H, D]`` in one pass."""
     chunks, batch, heads, size, width = x.shape
     out = torch.empty(batch, chunks * size, heads, width, dtype=dtype, device=x.device)
-    torch.mul(x, factor, out=_to_chunks(out, size))
+    torch.mul(x, factor, out=to_chunks(out, size))
     return out[:, :num_tokens]
 
 
@@ -100,31 +90,16 @@ def _decays(g: Tensor, beta: Tensor, gates: Gates, dtype: torch.dtype) -> _Decay
     """The decays of ``g``, ``beta`` ``[c, B, H, C]``."""
     size, device = gates.chunk, g.device
     wide = torch.float32 if device.type == "mps" else torch.float64
-    causal_CC = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-    if gates.segments_BT is None:
-        within = causal_CC
-        reads = causal_CC
-        enters = stays = survives = torch.ones((), dtype=wide, device=device)
-    else:
-        tail = -gates.segments_BT.shape[1] % size
-        segments_BT = torch.cat([gates.segments_BT, gates.segments_BT[:, -1:].expand(-1, tail)], 1)
-        segments = segments_BT.unflatten(1, (-1, size)).movedim(1, 0)
-        real = torch.nn.functional.pad(gates.real_BT, (0, tail)).unflatten(1, (-1, size)).movedim(1, 0)
-        last = segments[..., -1:]
-        entering = torch.cat([torch.zeros_like(last[:1]), last[:-1]])
-        within = causal_CC & (segments[..., :, None] == segments[..., None, :])
-        reads = (within & real[..., None]).unsqueeze(2)
-        enters = ((segments == entering) & real).to(wide).unsqueeze(2)
-        stays = (segments == last).to(wide).unsqueeze(2)
-        survives = (last == entering).to(wide).unsqueeze(2)
-    within = within.to(wide)
+    masks = chunk_masks(gates.segments_BT, gates.real_BT, size, device)
+    within = masks.within.to(wide)
+    enters, stays, survives = (x.to(wide) for x in (masks.enters, masks.stays, masks.survives))
     # A gate that is shut has g = -inf, and -inf - -inf is NaN; e^-1000 is as shut.
     total = (within @ g.to(wide).clamp_min(-1e3).transpose(2, 3)).transpose(2, 3).contiguous()
     leading = total.to(dtype)
     rest = (total - leading).to(dtype)
     end = total[..., -1:]
     # The clamp also bounds what the mask then removes: no exp overflows, so 0 * inf never meets.
-    ratio = (leading[..., :, None] - leading[..., None, :]).clamp_(FLOOR, 0).exp_().mul_(reads.to(dtype))
+    ratio = (leading[..., :, None] - leading[..., None, :]).clamp_(FLOOR, 0).exp_().mul_(masks.reads.to(dtype))
     return _Decays(
         within=within,
         ratio=ratio.flatten(1, 2),
@@ -170,9 +145,9 @@ class _ChunkedDeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype, size, num_tokens = state.dtype, gates.chunk, v.shape[1]
         with torch.autocast(v.device.type, enabled=False):
-            q_, k_, v_ = _to_chunks(q, size), _to_chunks(k, size), _to_chunks(v, size)
-            beta_ = _to_chunks(beta, size).to(dtype)
-            decay = _decays(_to_chunks(g, size), beta_, gates, dtype)
+            q_, k_, v_ = to_chunks(q, size), to_chunks(k, size), to_chunks(v, size)
+            beta_ = to_chunks(beta, size).to(dtype)
+            decay = _decays(to_chunks(g, size), beta_, gates, dtype)
             chunks, batch, heads, _, key_width = k_.shape
             num, value_width = batch * heads, v.shape[-1]
 
@@ -225,7 +200,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             # errors[0] is do, errors[1] is x = (I + A)^-T dv~.
             errors = new(2, chunks, num, size, value_width)
-            errors[0].view(chunks, batch, heads, size, value_width).copy_(_to_chunks(do, size))
+            errors[0].view(chunks, batch, heads, size, value_width).copy_(to_chunks(do, size))
             flat_errors = errors.flatten(1, 2)
             dvalues = torch.bmm(scores.mT, flat_errors[0]).view(values.shape)
             dstates = new(*states.shape)
@@ -265,9 +240,9 @@ class _ChunkedDeltaRule(torch.autograd.Function):
 
             shape = (chunks, batch, heads, size)
             x = errors[1].view(*shape, value_width)
-            dbeta = (_to_chunks(v, size) * x).sum(-1).addcmul_(decay.k_factor[..., 0].pow(-2), key_dots, value=-1)
+            dbeta = (to_chunks(v, size) * x).sum(-1).addcmul_(decay.k_factor[..., 0].pow(-2), key_dots, value=-1)
             dbeta = dbeta.permute(1, 0, 3, 2).flatten(1, 2)[:, :num_tokens].to(beta_dtype)
-            dv = _to_tokens(x, num_tokens, v_dtype, _to_chunks(beta, size)[..., None].to(dtype))
+            dv = _to_tokens(x, num_tokens, v_dtype, to_chunks(beta, size)[..., None].to(dtype))
             dkeys.addcmul_(own, rows[0]).addcmul_(key_row.reshape(-1, size, 1), drows[1])
             drows[0].addcmul_(own, keys)
             dq = _to_tokens(drows[0].view(*shape, key_width), num_tokens, q_dtype, decay.q_factor)

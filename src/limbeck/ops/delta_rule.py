@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from limbeck.ops.chunked_delta_rule import Gates, chunked_delta_rule
+from limbeck.ops.chunks import chunk_size, token_by_token
 from limbeck.ops.packing import document_segments
 
 
@@ -42,8 +43,7 @@ def gated_delta_rule(
     too. Gradients flow to q, k, v, g, beta and the initial state; there is no double backward.
     """
     scale = k_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    num_tokens = v_BTHV.shape[1]
-    size = 1 << (min(chunk, max(num_tokens, 8)) - 1).bit_length()
+    size = chunk_size(chunk, v_BTHV.shape[1])
     segments_BT = real_BT = None
     if documents_BT is not None:
         real_BT, segments_BT = document_segments(documents_BT)
@@ -86,24 +86,11 @@ def gated_delta_rule_reference(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token, in the inputs' own dtype: what :func:`gated_delta_rule` is compared to."""
-    batch, num_tokens, heads, key_width = k_BTHK.shape
+
+    def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return gated_delta_rule_step(*inputs, scale=scale)
+
     state = initial_state_BHKV
     if state is None:
-        state = v_BTHV.new_zeros(batch, heads, key_width, v_BTHV.shape[-1])
-    before = [-1] * batch
-    outputs = []
-    for t in range(num_tokens):
-        real = [True] * batch
-        if documents_BT is not None:
-            now = documents_BT[:, t].tolist()
-            real = [i >= 0 for i in now]
-            begins = [i >= 0 and last >= 0 and i != last for i, last in zip(now, before, strict=True)]
-            before = [i if i >= 0 else last for i, last in zip(now, before, strict=True)]
-            state = torch.where(torch.tensor(begins, device=state.device)[:, None, None, None], 0, state)
-        real_B111 = torch.tensor(real, device=state.device)[:, None, None, None]
-        o_BHV, written = gated_delta_rule_step(
-            q_BTHK[:, t], k_BTHK[:, t], v_BTHV[:, t], g_BTH[:, t], beta_BTH[:, t], state, scale=scale
-        )
-        state = torch.where(real_B111, written, state)
-        outputs.append(torch.where(real_B111[..., 0], o_BHV, 0))
-    return torch.stack(outputs, 1), state
+        state = v_BTHV.new_zeros(k_BTHK.shape[0], *k_BTHK.shape[2:], v_BTHV.shape[-1])
+    return token_by_token(step, (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH), state, documents_BT)

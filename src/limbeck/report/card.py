@@ -6,8 +6,11 @@ from limbeck.evaluation.table import comparison_rows
 from limbeck.report.run import Run, became
 
 
-def model_card(run: Run) -> str:
-    """What the model is, what it was made with, how it compares, how it is loaded and how it was made."""
+def model_card(run: Run, *, stock: bool = False) -> str:
+    """What the model is, what it was made with, how it compares, how it is loaded and how it was made.
+
+    ``stock``: transformers alone loads it.
+    """
     stage = run.evaluated
     lines = ["---", "library_name: transformers", "tags: [limbeck, distillation, hybrid-attention]", "---", ""]
     lines += [f"# {_cell(run.name)}", ""]
@@ -16,7 +19,7 @@ def model_card(run: Run) -> str:
     if run.recipe.get("description"):
         lines += [_cell(run.recipe["description"]), ""]
     lines += [
-        "## Loading", "", "```python", "import limbeck  # registers the model class",
+        "## Loading", "", "```python", *([] if stock else ["import limbeck  # registers the model class"]),
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")', "```", "",

@@ -51,10 +51,14 @@ class StageContext:
         return path
 
     def locate(self, source: str | From) -> str:
-        """A model or tokenizer source as a folder or hub name; ``{from: stage}`` is that stage's model or tokenizer."""
+        """A model or tokenizer source as a folder or hub name; ``{from: stage}`` is that stage's model, tokenizer or
+        ranking."""
         if isinstance(source, From):
-            if self.stage_options(source.from_).kind == "prepare":
+            kind = self.stage_options(source.from_).kind
+            if kind == "prepare":
                 return str(self.artefact(source.from_, "data") / "tokenizer")
+            if kind == "rank_layers":
+                return str(self.artefact(source.from_, "ranking") / "ranking.json")
             return str(self.artefact(source.from_, "model"))
         return resolve_source(source, self.recipe_dir)
 

@@ -9,7 +9,7 @@ import torch
 
 from limbeck.config.base import From
 from limbeck.config.parts.sources import StdlibSourceOptions
-from limbeck.config.parts.stages import DataOptions, EvaluateStageOptions
+from limbeck.config.parts.stages import DataOptions, EvaluateStageOptions, RecallOptions
 from limbeck.config.parts.surgeries import SURGERIES
 from limbeck.data.dataset import TokenRows
 from limbeck.engine.parallel import World
@@ -95,13 +95,15 @@ def copy_initialised(folder: Path, seed: int) -> Any:
 
 
 def _probing(options: EvaluateStageOptions, data: DataOptions) -> EvaluateStageOptions:
+    return options if options.recall is None else options.model_copy(update={"recall": recall_probes(options.recall, data)})
+
+
+def recall_probes(recall: RecallOptions, data: DataOptions) -> RecallOptions:
     """Probes in the ids of the recall documents that the data hold, where the recipe names no others."""
-    if options.recall is None or options.recall.vocabulary is not None:
-        return options
+    if recall.vocabulary is not None:
+        return recall
     known = [source.vocabulary for source in data.source if source.kind == "recall" and source.vocabulary is not None]
-    if not known:
-        return options
-    return options.model_copy(update={"recall": options.recall.model_copy(update={"vocabulary": min(known)})})
+    return recall.model_copy(update={"vocabulary": min(known)}) if known else recall
 
 
 def _measure(

@@ -65,7 +65,7 @@ def run_recipe(
     voice = say if world.rank == 0 else _silent
     run_dir.mkdir(parents=True, exist_ok=True)
     with RunLock(run_dir if world.rank == 0 else None):
-        keys = {name: _key(recipe, name, recipe_dir) for name in order}
+        keys = {name: stage_key(recipe, name, recipe_dir) for name in order}
         chosen = [stage] if stage else order
         run = _Run(recipe, run_dir, recipe_dir, world, voice, console if world.rank == 0 else None)
         if stage is not None:
@@ -106,7 +106,7 @@ def prepare_recipe(recipe: Recipe, *, recipe_dir: Path, run_dir: Path | None = N
             options = recipe.stages[name]
             context = run.context(name, options, run_dir / name)
             if options.kind == "prepare":
-                key = _key(recipe, name, recipe_dir)
+                key = stage_key(recipe, name, recipe_dir)
                 if not StageFolder(run_dir / name).finished(key):
                     _set_aside(recipe, run_dir, [name], {name: key}, False, say)
                     _run_stage(name, key, run)
@@ -231,7 +231,8 @@ def _cell(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _key(recipe: Recipe, name: str, recipe_dir: Path) -> str:
+def stage_key(recipe: Recipe, name: str, recipe_dir: Path) -> str:
+    """The key of a stage: what its artefact depends on."""
     options = recipe.stages[name]
     resolved = options.model_dump(mode="json", by_alias=True)
     for cosmetic in COSMETIC & set(resolved.get("loop", {})):
@@ -246,7 +247,7 @@ def _key(recipe: Recipe, name: str, recipe_dir: Path) -> str:
     data = getattr(options, "data", None)
     if isinstance(data, DataOptions):
         files["data"] = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in input_files(data, recipe_dir)}
-    return digest([resolved, {other: _key(recipe, other, recipe_dir) for _, other in references(options)}, files])
+    return digest([resolved, {other: stage_key(recipe, other, recipe_dir) for _, other in references(options)}, files])
 
 
 def _sources(options: Any) -> list[str]:

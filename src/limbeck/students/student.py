@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,8 @@ def build_student(options: StudentOptions, locate: Locate, *, seed: int, dtype: 
                 )
             return Student(build_model(options.config, seed=seed, dtype=dtype))
         if options.from_ is not None:
-            return _continued(options, locate(From.model_validate({"from": options.from_})), dtype)
+            keep = ranked_layers(locate(options.keep)) if isinstance(options.keep, From) else options.keep
+            return _continued(options, keep, locate(From.model_validate({"from": options.from_})), dtype)
         assert options.base is not None
         source = locate(options.base)
         return _from_base(source, options, dtype, recorded=options.base if isinstance(options.base, str) else source)
@@ -114,11 +116,11 @@ def _from_base(source: str, options: StudentOptions, dtype: torch.dtype, recorde
     return Student(wrap_student(model, options.surgery, base))
 
 
-def _continued(options: StudentOptions, folder: str, dtype: torch.dtype) -> Student:
+def _continued(options: StudentOptions, keep: Sequence[int] | Literal["all"] | None, folder: str, dtype: torch.dtype) -> Student:
     """The student of another stage; with ``keep``, some layers get the base's softmax attention back."""
     model: Any = load_model(folder, dtype=dtype)
     if not hasattr(model.config, "limbeck"):
-        if options.keep is not None:
+        if keep is not None:
             raise ModelError(f"student.keep: the model of stage '{options.from_}' was not made by a surgery, so there is nothing to restore")
         return _from_base(folder, options, dtype, folder) if options.surgery else Student(model, folder)
     if options.surgery:
@@ -126,12 +128,18 @@ def _continued(options: StudentOptions, folder: str, dtype: torch.dtype) -> Stud
             f"student.surgery: the student of stage '{options.from_}' has been operated on already and goes on as it is; "
             "for another surgery start again from the base"
         )
-    if isinstance(options.keep, From):
-        raise ModelError(f"student.keep: stage '{options.keep.from_}' ranks no layers; give the layers' numbers")
-    if options.keep:
-        layers = resolve_layers(options.keep, len(decoder_layers(model)), field="student.keep")
+    if keep:
+        layers = resolve_layers(keep, len(decoder_layers(model)), field="student.keep")
         restore_attention(model, layers, stage=options.from_ or folder)
     return Student(model)
+
+
+def ranked_layers(path: str) -> tuple[int, ...]:
+    """The layers that a ranking (``ranking.json`` of a rank_layers stage) says to keep."""
+    try:
+        return tuple(int(layer) for layer in json.loads(Path(path).read_text(encoding="utf-8"))["keep"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"student.keep: {path} cannot be read as a ranking ({error}): run its rank_layers stage again with --fresh") from error
 
 
 def restore_attention(model: Any, layers: Sequence[int], *, stage: str) -> None:

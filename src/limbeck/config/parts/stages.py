@@ -359,7 +359,99 @@ class ExportStageOptions(StageOptions):
     kind: Literal["export"] = "export"
     from_: str = Field(alias="from")
     """The train stage whose model is exported."""
-    to: tuple[Literal["hf"], ...] = ("hf",)
-    """Formats."""
+    to: Annotated[tuple[Literal["hf", "native"], ...], Field(min_length=1), OneOrMany()] = ("hf",)
+    """`hf`: a Hugging Face folder, which `import limbeck` loads.  `native`: the same function as a `Qwen3_5ForCausalLM`, which stock
+    transformers and servers load; for Qwen3-style teachers and mixers of the preset `native`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Weights' dtype in the folder."""
+
+
+RANKING = ("ga_s2", "greedy", "restore_one", "replace_one", "halo", "residual")
+"""Methods that put all layers in an order."""
+
+
+class ShortDistilOptions(Options):
+    """The short distillation that `ga_s2` gives each of its candidates, and `sets: distil` each set."""
+
+    optim: OptimOptions
+    """Optimiser; the schedule is `constant`, so that a run which is stopped early is the beginning of a whole one."""
+    loop: LoopOptions
+    """Budget of one candidate."""
+    rungs: int = Field(4, ge=1)
+    """The budget is spent in so many equal parts; after each the candidate is scored on held-out data."""
+    margin: float | None = Field(0.1, ge=0)
+    """A candidate stops after a part when `keep` others, earlier in the order of the free scores, were better at the same point by
+    more than this share of their score; null lets all of them finish."""
+    teacher_cache: Count | None = 10**9
+    """Bytes of memory in which the teacher's answers are kept: candidates meet the same batches, so it is asked once for all
+    of them.  Null asks it anew."""
+
+    @model_validator(mode="after")
+    def _constant(self) -> ShortDistilOptions:
+        if self.optim.schedule.kind != "constant":
+            raise ValueError(
+                f"optim.schedule '{self.optim.schedule.kind}' depends on the length of the run, so that a candidate stopped early "
+                "could not be compared: set `schedule: {kind: constant}`"
+            )
+        return self
+
+
+@STAGES.register("limbeck.stages.rank_layers:RankLayersStage")
+class RankLayersStageOptions(StageOptions):
+    """Which layers stay softmax: rank them, choose `keep` of them, and compare the choice with controls.
+
+    `student: {from: align, keep: {from: select}}` in a later train stage reads the choice.
+    """
+
+    kind: Literal["rank_layers"] = "rank_layers"
+    from_: str = Field(alias="from")
+    """The train stage whose student has a mixer in every layer that may be kept; its base is the teacher."""
+    keep: int = Field(ge=1)
+    """How many layers stay softmax."""
+    method: Literal["ga_s2", "greedy", "restore_one", "replace_one", "halo", "residual", "uniform", "random"] = "greedy"
+    """Whose choice is kept.  `greedy`: the best layer beside those chosen before, without training.  `ga_s2`: each layer alone
+    softmax, after a short distillation; two layers that do the same work both rank high.  `restore_one`: softmax back in one layer
+    of the all-linear student, without training.  `replace_one`: one mixer in the teacher; `halo`: the same by recall lost over text
+    lost.  `residual`: error of the mixer on the teacher's input.  `uniform` and `random` are controls."""
+    compare: tuple[Literal["ga_s2", "greedy", "restore_one", "replace_one", "halo", "residual"], ...] = (
+        "greedy", "restore_one", "replace_one", "halo", "residual",
+    )  # fmt: skip
+    """Methods computed beside it."""
+    data: DataOptions | From | None = None
+    """Text; by default that of the `from` stage.  Scores come from its held-out documents."""
+    rows: int = Field(16, ge=1)
+    """Held-out rows of text that a score uses; sets are compared on as many others."""
+    recall: RecallOptions = RecallOptions(rows=4)
+    """Probes of long-range recall; sets are compared on others of the same make."""
+    recall_weight: float = Field(0.5, ge=0, le=1)
+    """Share of recall in a score, which is a KL to the teacher in nats a token: the rest is text.  Text alone picks the wrong
+    layers."""
+    candidates: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    """Layers that `ga_s2` distils: all, or so many that are best by `restore_one`."""
+    distil: ShortDistilOptions | None = None
+    """The short distillation; needed by `ga_s2` and `sets: distil`."""
+    random_sets: int = Field(5, ge=5)
+    """Random sets beside the chosen ones."""
+    sets: Literal["zero_shot", "distil"] = "zero_shot"
+    """How sets are compared: as they are restored, or after the short distillation."""
+    oracle: bool = False
+    """Measure every set of `keep` layers."""
+    oracle_sets: int = Field(100, ge=1)
+    """The oracle is refused when there are more sets than this."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of scoring."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods that are computed, each once, in a fixed order."""
+        return tuple(name for name in RANKING if name == self.method or name in self.compare)
+
+    @model_validator(mode="after")
+    def _short_distil(self) -> RankLayersStageOptions:
+        trains = ["method 'ga_s2'"] if "ga_s2" in self.methods else []
+        trains += ["sets: distil"] if self.sets == "distil" else []
+        if trains and self.distil is None:
+            raise ValueError(f"{trains[0]} distils each candidate for a short while: give `distil: {{optim: ..., loop: {{tokens: ...}}}}`")
+        if isinstance(self.candidates, int) and self.candidates < self.keep:
+            raise ValueError(f"candidates: {self.candidates} are fewer than the {self.keep} layers to keep")
+        return self

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
@@ -33,6 +34,9 @@ class Report:
 
 class Mixer(nn.Module, ABC):
     """Base class of mixers: built from options and the facts of the attention it replaces."""
+
+    carries_across_layers: ClassVar[bool] = False
+    """Whether ``forward`` takes ``across_layers``, what the layers of one forward pass tell each other (limbeck.models.across)."""
 
     def __init__(self, options: Part, facts: AttentionFacts, config: PreTrainedConfig, layer_index: int):
         super().__init__()
@@ -115,3 +119,24 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def places(
+    x_BTHK: Tensor, past_BS: Tensor | None, documents_BT: Tensor | None, padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Position in the document (-1 on padding) and number of the document of every new token, int64 ``[B, T]`` each.
+
+    ``past_BS`` has the positions of the tokens before, if there are any.
+    """
+    batch, num_tokens = x_BTHK.shape[:2]
+    if documents_BT is not None:
+        steps_T = torch.arange(num_tokens, device=x_BTHK.device)
+        begins_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+        position_BT = steps_T - torch.where(begins_BT, steps_T, 0).cummax(-1).values
+        return torch.where(documents_BT >= 0, position_BT, -1), documents_BT
+    if padding_mask is None:
+        padding_mask = torch.ones(batch, num_tokens, dtype=torch.bool, device=x_BTHK.device)
+    position_BT = padding_mask.long().cumsum(-1) - 1
+    if past_BS is not None and past_BS.shape[1]:
+        position_BT = position_BT + past_BS.amax(-1, keepdim=True) + 1
+    return torch.where(padding_mask.bool(), position_BT, -1), torch.zeros_like(position_BT)

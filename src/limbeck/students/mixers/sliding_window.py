@@ -20,7 +20,7 @@ from limbeck.config.parts.mixers import SlidingWindowOptions
 from limbeck.errors import ModelError
 from limbeck.models.state import MixerState, mixer_state
 from limbeck.models.structure import AttentionFacts, AttentionView, Rotary
-from limbeck.students.mixers.base import GroupedHeads, Mixer, Report, compute_dtype, copy_linear
+from limbeck.students.mixers.base import GroupedHeads, Mixer, Report, compute_dtype, copy_linear, places
 
 MIN_BLOCK = 128
 """Queries a block, at least: below this the matrix products are too small to pay for the loop."""
@@ -108,7 +108,7 @@ class SlidingWindow(Mixer):
             q, k = self.facts.normalise(self.q_norm, q), self.facts.normalise(self.k_norm, k)
         q, k = self.rotate(q, k, position_embeddings)
         past = self._past(held, k, v)
-        position, document = _places(q, past, documents_BT, padding_mask)
+        position, document = places(q, None if past is None else past.position, documents_BT, padding_mask)
         new = _Keys(k.transpose(1, 2), v.transpose(1, 2), position, document)
         out_BTHV = self._attend(q.transpose(1, 2), new, past)
         if held is not None:
@@ -181,19 +181,3 @@ class SlidingWindow(Mixer):
             wide = index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1])
             k, v, position = k.gather(2, wide), v.gather(2, wide), position.gather(1, index)
         held.write(new.k.shape[2], keys=k, values=v, positions=position.to(torch.int32))
-
-
-def _places(q_BTHK: Tensor, past: _Keys | None, documents_BT: Tensor | None, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Position in the document (-1 on padding) and number of the document of every new token, int64 ``[B, T]`` each."""
-    batch, num_tokens = q_BTHK.shape[:2]
-    if documents_BT is not None:
-        steps_T = torch.arange(num_tokens, device=q_BTHK.device)
-        begins_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
-        position_BT = steps_T - torch.where(begins_BT, steps_T, 0).cummax(-1).values
-        return torch.where(documents_BT >= 0, position_BT, -1), documents_BT
-    if padding_mask is None:
-        padding_mask = torch.ones(batch, num_tokens, dtype=torch.bool, device=q_BTHK.device)
-    position_BT = padding_mask.long().cumsum(-1) - 1
-    if past is not None and past.position.shape[1]:
-        position_BT = position_BT + past.position.amax(-1, keepdim=True) + 1
-    return torch.where(padding_mask.bool(), position_BT, -1), torch.zeros_like(position_BT)
