@@ -39,12 +39,12 @@ def test_it_recalls_at_half_its_context(teacher: tuple[Any, Any]) -> None:
     assert recall(model, options, ordinary_ids(tokenizer))[0]["accuracy"] >= 0.9
 
 
-def test_the_shipped_recipes_keep_every_layer_that_retrieves(teacher: tuple[Any, Any]) -> None:
+def test_two_layers_retrieve_and_the_shipped_recipes_keep_one_of_them(teacher: tuple[Any, Any]) -> None:
     model, tokenizer = teacher
     retrieving = set(retrieval_layers(model, ordinary_ids(tokenizer)[:WORDS], distance=128))
     assert len(retrieving) >= 2, "with one such layer, which layers to keep would be no question"
     for recipe in ("quickstart", "hybrid"):
-        assert retrieving <= set(load_recipe(recipe).stages["distil"].student.keep)
+        assert retrieving & set(load_recipe(recipe).stages["distil"].student.keep)
 
 
 def test_its_card_says_where_it_comes_from() -> None:
