@@ -171,3 +171,14 @@ def test_a_pipe_gets_plain_lines_and_a_narrow_terminal_one_line() -> None:
 def test_words_for_numbers() -> None:
     assert [duration(s) for s in (5, 65, 3600)] == ["5s", "1m05s", "1h00m"]
     assert [quantity(n) for n in (12, 1234, 4.56e6, 2e9)] == ["12", "1.23k", "4.56M", "2B"]
+
+
+def test_a_materialised_optimiser_takes_its_first_step_as_a_fresh_one() -> None:
+    weights = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+    optimizers = [torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0) for weight in weights]
+    materialise_state(optimizers[0])
+    for _ in range(3):
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+            optimizer.step()
+    assert torch.equal(weights[0], weights[1])

@@ -53,7 +53,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
 def materialise_state(optimizer: torch.optim.Optimizer) -> None:
     """Give a fresh optimiser its state tensors, so that a checkpoint can be loaded into them.
 
-    A step with zero gradients at learning rate zero moves no weight.
+    A step with zero gradients at learning rate zero moves no weight; it is counted, and that count is taken back, or Adam's bias
+    correction would start one step late and the first updates come out a quarter too small.
     """
     if optimizer.state:
         return
@@ -66,6 +67,10 @@ def materialise_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
 
 
 def flat_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
