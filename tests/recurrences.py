@@ -32,11 +32,11 @@ class Inputs:
         return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
 
 
-def results(rule: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
-    """Output, final state and every gradient of a fixed random functional of both; the last input is the initial state."""
+def results(rule: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype, state: str = "initial_state_BHKV", **options: Any) -> list[Tensor]:
+    """Output, final state and every gradient of a fixed random functional of both; the last input is the argument named ``state``."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    output, state = rule(*leaves[:-1], initial_state_BHKV=leaves[-1], **options)
-    return [output, state, *gradients_of(output, state, leaves)]
+    output, final = rule(*leaves[:-1], **{state: leaves[-1]}, **options)
+    return [output, final, *gradients_of(output, final, leaves)]
 
 
 def gradients_of(output: Tensor, state: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """A trained softmax model becomes a hybrid that keeps its quality: three seeds, with controls at equal total tokens.
 
-    python experiments/hybrid_recovers/run.py            # an hour on two cores
+    python experiments/hybrid_recovers/run.py            # about an hour on one core
     python experiments/hybrid_recovers/run.py --quick    # the machinery in a minute; proves nothing
 
 Every arm goes through the shipped engine by `recipe.yaml` beside this file.  A run that is interrupted goes on where it stopped.

@@ -1,19 +1,19 @@
 """What becomes of the mass that a truncated teacher signal leaves out: k x tail x temperature, three seeds.
 
-    python experiments/tail_matters/run.py            # about forty minutes on two cores
+    python experiments/tail_matters/run.py            # an hour on one core
     python experiments/tail_matters/run.py --quick    # the machinery in a minute; proves nothing
 
-The student is the quickstart's hybrid (two of eight layers softmax), aligned once a seed; every arm goes on from there for the
-same tokens in the same order.  The measure is the dense KL to the teacher on held-out text, beside cross-entropy.
+Two students.  One is the quickstart's hybrid (two of eight layers softmax), aligned once a seed: close to its teacher.  The other
+is smaller and begins with random weights.  Every arm trains for the same tokens in the same order.  The measure is the dense KL to
+the teacher on held-out text, beside cross-entropy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,17 @@ from limbeck.stages.run import run_recipe  # noqa: E402
 KEPT = (8, 32, 128)
 TAILS = ("tail", "zero", "renorm_both")
 TEMPERATURES = (1, 2)
+QUICK_ARMS = ("ce only", "dense, T=1", "k=8, tail, T=1", "k=8, zero, T=1")
+STUDENTS = {"": ("recipe.yaml", KEPT), "from scratch, ": ("scratch.yaml", (8,))}
+"""Prefix of a student's settings -> its recipe and the numbers of kept ids that it is tried with."""
 
 
-def arms() -> Iterator[tuple[str, str]]:
+def arms(kept: Sequence[int]) -> Iterator[tuple[str, str]]:
     """``(setting, objectives)`` of every arm."""
     yield "ce only", "[{kind: ce}]"
     for temperature in TEMPERATURES:
         yield f"dense, T={temperature}", f"[{{kind: kl, temperature: {temperature}}}]"
-        for k in KEPT:
+        for k in kept:
             for tail in TAILS:
                 options = f"kind: topk_kl, k: {k}, tail: {tail}, temperature: {temperature}"
                 yield f"k={k}, {tail}, T={temperature}", f"[{{{options}}}]"
@@ -49,23 +52,25 @@ def arm_name(setting: str) -> str:
     return setting.replace(", ", "-").replace("=", "").replace(" ", "_")
 
 
-def all_arms(chosen: list[tuple[str, str]], seed: int, quick: bool) -> Recipe:
-    """One recipe with every arm of a seed: align once, and what is done is not done again."""
-    short = ["align.loop.tokens=8k", "distil.loop.tokens=8k", "evaluate.rows=4"] if quick else []
-    seeds = [f"{stage}.seed={seed}" for stage in ("align", "distil")]
-    tree = load_recipe(HERE / "recipe.yaml", [*seeds, *short]).model_dump(mode="json", by_alias=True)["stages"]
-    stages: dict[str, Any] = {"align": tree["align"]}
+def all_arms(file: str, chosen: list[tuple[str, str]], seed: int, quick: bool) -> Recipe:
+    """One recipe with every arm of a student and a seed, after what they share."""
+    stages = load_recipe(HERE / file).stages
+    shared = [name for name in stages if name not in ("distil", "evaluate")]
+    trained = [name for name, stage in stages.items() if stage.kind == "train"]
+    short = [*(f"{name}.loop.tokens=8k" for name in trained), "evaluate.rows=4"] if quick else []
+    seeds = [f"{name}.seed={seed}" for name in trained]
+    tree = load_recipe(HERE / file, [*seeds, *short]).model_dump(mode="json", by_alias=True)["stages"]
+    found: dict[str, Any] = {name: tree[name] for name in shared}
     for setting, objectives in chosen:
-        name = arm_name(setting)
-        stages[name] = {**tree["distil"], "objectives": yaml.safe_load(objectives)}
-        stages[f"evaluate-{name}"] = {**tree["evaluate"], "from": name}
-    stages["evaluate-align"] = {**tree["evaluate"], "from": "align"}
-    return Recipe.model_validate({"name": "tail_matters", "stages": stages})
+        found[arm_name(setting)] = {**tree["distil"], "objectives": yaml.safe_load(objectives)}
+    measured = [*(name for name in shared if name in trained), *(arm_name(setting) for setting, _ in chosen)]
+    found |= {f"evaluate-{name}": {**tree["evaluate"], "from": name} for name in measured}
+    return Recipe.model_validate({"name": "tail_matters", "stages": found})
 
 
-def measured(run: Path, setting: str) -> dict[str, float]:
-    """What the evaluate stage found about the student: held-out cross-entropy, KL to the teacher and agreement with it."""
-    found = json.loads((run / f"evaluate-{arm_name(setting)}" / "evaluation" / "evaluation.json").read_text())
+def measured(run: Path, stage: str) -> dict[str, float]:
+    """What an evaluate stage found about the student: held-out cross-entropy, KL to the teacher and agreement with it."""
+    found = json.loads((run / stage / "evaluation" / "evaluation.json").read_text())
     student = found["student"]
     divergence = found.get("divergence", {}).get(student, {})
     return {"ce": found["perplexity"][student]["ce"], **{key: divergence[key] for key in ("kl", "agreement") if key in divergence}}
@@ -80,18 +85,19 @@ def main() -> None:
     options = parser.parse_args()
     seeds = options.seeds[:1] if options.quick else options.seeds
     out = options.out / "quick" if options.quick else options.out
-    chosen = [arm for arm in arms() if not options.quick or arm[0] in ("ce only", "dense, T=1", "k=8, tail, T=1", "k=8, zero, T=1")]
 
     rows: list[dict[str, Any]] = []
-    for seed in seeds:
-        run = run_recipe(all_arms(chosen, seed, options.quick), recipe_dir=HERE, run_dir=out / f"seed-{seed}")
-        for setting in ["align", *(setting for setting, _ in chosen)]:
-            values = measured(run, setting)
-            rows += [{"setting": setting, "seed": seed, "metric": metric, "value": value} for metric, value in values.items()]
-            print(f"seed {seed}  {setting:24}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
-
-    def mean(setting: str, metric: str) -> float:
-        return statistics.mean(row["value"] for row in rows if row["setting"] == setting and row["metric"] == metric)
+    for prefix, (file, kept) in STUDENTS.items():
+        chosen = [arm for arm in arms(kept) if not options.quick or arm[0] in QUICK_ARMS]
+        for seed in seeds:
+            recipe = all_arms(file, chosen, seed, options.quick)
+            run = run_recipe(recipe, recipe_dir=HERE, run_dir=out / f"{prefix.replace(', ', '').replace(' ', '_')}seed-{seed}")
+            settings = {arm_name(setting): setting for setting, _ in chosen}
+            for stage in filter(lambda name: name.startswith("evaluate-"), recipe.stages):
+                name = stage.removeprefix("evaluate-")
+                setting, values = prefix + settings.get(name, name), measured(run, stage)
+                rows += [{"setting": setting, "seed": seed, "metric": metric, "value": value} for metric, value in values.items()]
+                print(f"seed {seed}  {setting:38}  " + "  ".join(f"{key} {value:.4f}" for key, value in values.items()), flush=True)
 
     def worse(other: str, ours: str, metric: str) -> float:
         """The smallest advantage over the seeds."""
@@ -100,17 +106,19 @@ def main() -> None:
         }
         return min(values[other, seed] - values[ours, seed] for seed in seeds)
 
-    settings = {setting for setting, _ in chosen}
+    found = {row["setting"] for row in rows}
     criteria = []
-    for temperature in TEMPERATURES:
-        ours = f"k=8, tail, T={temperature}"
-        for tail in TAILS[1:]:
-            other = f"k=8, {tail}, T={temperature}"
-            if {ours, other} <= settings:
-                gain = worse(other, ours, "kl")
-                criteria.append(criterion(f"held-out KL of '{other}' minus '{ours}' (worst seed)", "> 0", gain, gain > 0))
-    gain = worse("ce only", "k=8, tail, T=1", "ce")
-    criteria.append(criterion("held-out CE of CE-only minus 'k=8, tail, T=1' at equal steps (worst seed)", "> 0", gain, gain > 0))
+    for prefix in STUDENTS:
+        for temperature in TEMPERATURES:
+            ours = f"{prefix}k=8, tail, T={temperature}"
+            for tail in TAILS[1:]:
+                other = f"{prefix}k=8, {tail}, T={temperature}"
+                if {ours, other} <= found:
+                    gain = worse(other, ours, "kl")
+                    criteria.append(criterion(f"held-out KL of '{other}' minus '{ours}' (worst seed)", "> 0", gain, gain > 0))
+        other, ours = f"{prefix}ce only", f"{prefix}k=8, tail, T=1"
+        gain = worse(other, ours, "ce")
+        criteria.append(criterion(f"held-out CE of '{other}' minus '{ours}' at equal steps (worst seed)", "> 0", gain, gain > 0))
     write_results(
         out if options.quick else HERE,
         claim="a tail bucket keeps a truncated teacher signal right where zeroing or renormalising does not",
@@ -119,8 +127,8 @@ def main() -> None:
         rows=rows,
         criteria=criteria,
     )
-    for found in criteria:
-        print(f"{'holds' if found['holds'] else 'FAILS'}  {found['measured']:.4f} {found['bound']}  {found['name']}")
+    for line in criteria:
+        print(f"{'holds' if line['holds'] else 'FAILS'}  {line['measured']:.4f} {line['bound']}  {line['name']}")
 
 
 if __name__ == "__main__":

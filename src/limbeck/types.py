@@ -127,11 +127,6 @@ class TopKSignal:
         moved = {f.name: part.to(device, non_blocking=True) for f in fields(self) if isinstance(part := getattr(self, f.name), Tensor)}
         return replace(self, **moved)
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes."""
-        return sum(part.nbytes for f in fields(self) if isinstance(part := getattr(self, f.name), Tensor))
-
 
 Metric = tuple[Tensor | float, Tensor | float]
 """A metric as ``(sum, count)``: summed over micro-batches and ranks, divided once for the log."""

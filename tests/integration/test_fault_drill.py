@@ -131,15 +131,15 @@ def train(home: Path, name: str, url: str) -> list[float]:
 
 def test_a_served_teacher_of_other_tokens_is_refused(home: Path) -> None:
     from limbeck.models.loading import load_tokenizer
-    from limbeck.stages.teaching import check_served_vocabulary
+    from limbeck.stages.teaching import check_teacher_vocabulary
 
     tokenizer = load_tokenizer(str(home / "run" / "teacher" / "model"))
     served = SimpleNamespace(findings=SimpleNamespace(tokenizer=vocabulary_digest(tokenizer)), options=SimpleNamespace(url="http://x"))
     behind = SimpleNamespace(inner=served)
-    check_served_vocabulary(behind, tokenizer)
+    check_teacher_vocabulary(behind, tokenizer)
     served.findings.tokenizer = "0" * 64
     with pytest.raises(TeacherError, match="http://x has another vocabulary"):
-        check_served_vocabulary(behind, tokenizer)
+        check_teacher_vocabulary(behind, tokenizer)
 
 
 def test_the_loss_curve_survives_faults_and_a_killed_server(home: Path) -> None:

@@ -23,7 +23,7 @@ from limbeck.cli.app import app
 from limbeck.config.parts.teachers import HttpTeacherOptions
 from limbeck.errors import TeacherError
 from limbeck.models.loading import resolve_source
-from limbeck.needs import HeadHidden, TopK
+from limbeck.needs import TopK
 from limbeck.serve.teacher import TeacherService
 from limbeck.teachers.documents import Ask
 from limbeck.teachers.http.faults import Backoff
@@ -242,14 +242,6 @@ def test_a_name_and_password_in_the_url_are_not_shown() -> None:
     with pytest.raises(TeacherError) as refused:
         opened(f"http://me:hidden@127.0.0.1:{free_port()}")
     assert "hidden" not in str(refused.value) and "Failed to connect" in str(refused.value)
-
-
-def test_needs_without_top_k_are_answered_with_nothing() -> None:
-    with served(StubTeacher()) as url:
-        teacher = opened(url)
-        batch = batch_for_tests()
-        assert teacher.submit(batch, {HeadHidden: HeadHidden()}).result() == (batch, {})
-        teacher.close()
 
 
 def test_a_temperature_that_a_server_does_not_know_leaves_the_one_it_does() -> None:

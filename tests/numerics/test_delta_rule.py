@@ -7,48 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.ops.chunked_delta_rule import unit_lower_inverse
 from limbeck.ops.delta_rule import gated_delta_rule, gated_delta_rule_reference, gated_delta_rule_step
-
-NAMES = ("output", "final state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, gradients_of, numbered, results, separately
 
 
 def make_inputs(
     batch: int, tokens: int, heads: int, key: int, value: int, *, gate: float = 1.0, uniform: bool = False, seed: int = 0
 ) -> list[Tensor]:
     """q, k, v, g, beta, state in fp64; log decays in [-gate, 0], or all equal to -gate."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def unit(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    q, k = (F.normalize(normal(batch, tokens, heads, key), dim=-1) for _ in range(2))
-    g = -gate * (torch.ones(batch, tokens, heads, dtype=torch.float64) if uniform else unit(batch, tokens, heads))
-    return [q, k, normal(batch, tokens, heads, value), g, unit(batch, tokens, heads), normal(batch, heads, key, value)]
-
-
-def results(rule, inputs: list[Tensor], dtype: torch.dtype, **options) -> list[Tensor]:
-    """Output, final state and every gradient of a fixed random functional of both."""
-    inputs = [x.to(dtype).requires_grad_() for x in inputs]
-    output, state = rule(*inputs[:5], initial_state_BHKV=inputs[5], **options)
-    generator = torch.Generator().manual_seed(9)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (output, state)]
-    loss = (output.double() * weights[0]).sum() + (state.double() * weights[1]).sum()
-    return [output, state, *torch.autograd.grad(loss, inputs)]
-
-
-def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for name, a, b in zip(NAMES, found, expected, strict=True):
-        assert a.isfinite().all(), name
-        error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-6)
-        assert error <= tolerance, f"{name}: {error:.2e}"
+    make = Inputs(seed)
+    shape = (batch, tokens, heads)
+    q, k = make.unit(*shape, key), make.unit(*shape, key)
+    g = -gate * (torch.ones(*shape, dtype=torch.float64) if uniform else make.uniform(*shape))
+    return [q, k, make.normal(*shape, value), g, make.uniform(*shape), make.normal(batch, heads, key, value)]
 
 
 @pytest.mark.parametrize(
@@ -106,26 +80,9 @@ def test_the_inverse_reads_only_what_stands_below_the_diagonal(size: int) -> Non
     torch.testing.assert_close(unit_lower_inverse(strict), expected, rtol=1e-9, atol=1e-9)
 
 
-LENGTHS = (3, 13, 1, 16, 10, 7)
-"""Documents that begin at a chunk's first token, at its second and in its middle, for chunks of 16."""
-
-
 def test_packed_documents_equal_separate_documents() -> None:
-    tokens = sum(LENGTHS)
-    inputs = make_inputs(1, tokens, 2, 8, 12, gate=2.0)
-    documents = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    state, outputs, start = leaves[5], [], 0
-    for length in LENGTHS:
-        part = [x[:, start : start + length] for x in leaves[:5]]
-        output, final = gated_delta_rule_reference(*part, initial_state_BHKV=state)
-        outputs.append(output)
-        state, start = torch.zeros_like(leaves[5]), start + length
-    output = torch.cat(outputs, 1)
-    generator = torch.Generator().manual_seed(9)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (output, final)]
-    gradients = torch.autograd.grad((output * weights[0]).sum() + (final * weights[1]).sum(), leaves)
-    expected = [output, final, *gradients]
+    inputs = make_inputs(1, sum(LENGTHS), 2, 8, 12, gate=2.0)
+    documents, expected = numbered(LENGTHS), separately(gated_delta_rule_reference, inputs, LENGTHS)
     assert_equal(results(gated_delta_rule_reference, inputs, torch.float64, documents_BT=documents), expected, 1e-10)
     for dtype, tolerance in TOLERANCE.items():
         assert_equal(results(gated_delta_rule, inputs, dtype, documents_BT=documents, chunk=16), expected, tolerance)
@@ -193,12 +150,9 @@ def test_bfloat16_inputs_keep_an_fp32_state(autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output, state = gated_delta_rule(*leaves, initial_state_BHKV=start)
     assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
-    generator = torch.Generator().manual_seed(9)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (output, state)]
-    loss = (output.double() * weights[0]).sum() + (state.double() * weights[1]).sum()
-    found = [output, state, *torch.autograd.grad(loss, [*leaves, start])]
-    for name, a, b in zip(NAMES, found, expected, strict=True):
-        assert (a.double() - b).norm() / b.norm() <= 2e-2, name
+    found = [output, state, *gradients_of(output, state, [*leaves, start])]
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert (a.double() - b).norm() / b.norm() <= 2e-2, number
 
 
 def test_a_loss_on_the_state_alone_has_gradients() -> None:

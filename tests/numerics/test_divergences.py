@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fused_cases import D, N, V, Work, assert_relative, dense_logits, gradients, make_case, requiring_grad
 from limbeck.errors import DataError
@@ -19,6 +19,7 @@ from limbeck.ops.tempering import approximate_log_z
 from limbeck.ops.topk import _invert, linear_topk
 from limbeck.ops.topk_divergence import linear_topk_divergence
 from limbeck.types import Head, TopKSignal
+from ranks import on_two_ranks
 
 K = 6
 MODES = [("tail", "forward"), ("tail", "reverse"), ("zero", "forward"), ("renorm_teacher", "forward"), ("renorm_both", "forward")]
@@ -431,49 +432,31 @@ def test_bfloat16_autocast_keeps_the_softmax_in_fp32(tail: str, direction: str) 
     assert_relative([found, *found_gradients], [expected, *expected_gradients], 2e-2)
 
 
-def _ranks(rank: int, folder: str) -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+def _head_alone(rank: int, mesh: DeviceMesh) -> None:
+    hidden, head, _, valid = make_case(torch.float64, "all")
+    teacher, teacher_head, _, _ = make_case(torch.float64, "all", seed=1)
+    # The head trains alone.
+    for x in (head.weight_VD, head.bias_V):
+        x.requires_grad_()
+    half = slice(0, N // 2) if rank == 0 else slice(N // 2, N)
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        hidden, head, _, valid = make_case(torch.float64, "all")
-        teacher, teacher_head, _, _ = make_case(torch.float64, "all", seed=1)
-        # The head trains alone.
-        for x in (head.weight_VD, head.bias_V):
-            x.requires_grad_()
-        half = slice(0, N // 2) if rank == 0 else slice(N // 2, N)
+    def losses(head: Head, part: slice) -> Tensor:
+        t, h, mask = teacher[part], hidden[part], valid[part]
+        signal = make_signal(t, teacher_head, mask.nonzero().squeeze(1), K, (2.0,))
+        sums = [linear_topk_divergence(h, head, signal, tail=a, direction=b, temperature=2.0)[0] for a, b in MODES]
+        sums += [linear_reverse_kl(h, head, t, teacher_head, mask)[0], linear_jsd(h, head, t, teacher_head, mask)[0]]
+        return torch.stack(sums).sum()
 
-        def losses(head: Head, part: slice) -> Tensor:
-            t, h, mask = teacher[part], hidden[part], valid[part]
-            signal = make_signal(t, teacher_head, mask.nonzero().squeeze(1), K, (2.0,))
-            sums = [linear_topk_divergence(h, head, signal, tail=a, direction=b, temperature=2.0)[0] for a, b in MODES]
-            sums += [linear_reverse_kl(h, head, t, teacher_head, mask)[0], linear_jsd(h, head, t, teacher_head, mask)[0]]
-            return torch.stack(sums).sum()
+    def of_head(loss: Tensor, head: Head) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, [head.weight_VD, head.bias_V]))
 
-        def of_head(loss: Tensor, head: Head) -> list[Tensor]:
-            return list(torch.autograd.grad(loss, [head.weight_VD, head.bias_V]))
-
-        expected = of_head(losses(head, slice(0, N)), head)
-        weight = distribute_tensor(head.weight_VD.detach(), mesh, [Shard(0)]).requires_grad_()
-        bias = distribute_tensor(head.bias_V.detach(), mesh, [Shard(0)]).requires_grad_()
-        sharded = Head(weight, bias, head.softcap, head.scale, head.vocab_mask_V)
-        found = of_head(losses(sharded, half), sharded)
-        assert_relative([x.full_tensor() for x in found], expected, 1e-12)
-        Path(folder, f"rank{rank}").touch()
-        # gloo aborts a rank whose peer is gone, now and then even in an orderly teardown: both leave when both are done.
-        for _ in range(600):
-            if len(list(Path(folder).glob("rank*"))) == 2:
-                os._exit(0)
-            time.sleep(0.05)
-    finally:
-        dist.destroy_process_group()
+    expected = of_head(losses(head, slice(0, N)), head)
+    weight = distribute_tensor(head.weight_VD.detach(), mesh, [Shard(0)]).requires_grad_()
+    bias = distribute_tensor(head.bias_V.detach(), mesh, [Shard(0)]).requires_grad_()
+    sharded = Head(weight, bias, head.softcap, head.scale, head.vocab_mask_V)
+    found = of_head(losses(sharded, half), sharded)
+    assert_relative([x.full_tensor() for x in found], expected, 1e-12)
 
 
 def test_a_head_that_trains_alone_on_two_ranks_equals_one_rank(tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_ranks, (str(tmp_path),), nprocs=2)
-    assert {p.name for p in tmp_path.glob("rank*")} == {"rank0", "rank1"}
+    on_two_ranks(_head_alone, tmp_path)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fused_cases import D, N, V, Work, assert_relative, dense_kl, dense_logits, gradients, make_case, requiring_grad
 from limbeck.errors import DataError, ModelError
 from limbeck.ops.fused import linear_cross_entropy, linear_kl
 from limbeck.types import IGNORE, Head
+from ranks import on_two_ranks
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -183,42 +184,24 @@ def test_bfloat16_autocast_keeps_softmax_in_fp32(loss: str) -> None:
     assert_relative([found, *found_gradients], [expected, *expected_gradients], 2e-2)
 
 
-def _sharded_head_worker(rank: int, folder: str) -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+def _sharded_head(rank: int, mesh: DeviceMesh) -> None:
+    hidden, head, labels, valid = make_case(torch.float64, "all")
+    teacher, teacher_head, _, _ = make_case(torch.float64, "all", seed=1)
+    requiring_grad(hidden, head)
+    half = slice(0, N // 2) if rank == 0 else slice(N // 2, N)
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        hidden, head, labels, valid = make_case(torch.float64, "all")
-        teacher, teacher_head, _, _ = make_case(torch.float64, "all", seed=1)
-        requiring_grad(hidden, head)
-        half = slice(0, N // 2) if rank == 0 else slice(N // 2, N)
+    def losses(head: Head, part: slice) -> Tensor:
+        kl, _ = linear_kl(hidden[part], head, teacher[part], teacher_head, valid[part])
+        return linear_cross_entropy(hidden[part], head, labels[part])[0] + kl
 
-        def losses(head: Head, part: slice) -> Tensor:
-            kl, _ = linear_kl(hidden[part], head, teacher[part], teacher_head, valid[part])
-            return linear_cross_entropy(hidden[part], head, labels[part])[0] + kl
-
-        expected = gradients(losses(head, slice(0, N)), hidden, head)
-        weight = distribute_tensor(head.weight_VD.detach(), mesh, [Shard(0)]).requires_grad_()
-        bias = distribute_tensor(head.bias_V.detach(), mesh, [Shard(0)]).requires_grad_()
-        sharded = Head(weight, bias, head.softcap, head.scale, head.vocab_mask_V)
-        found = gradients(losses(sharded, half), hidden, sharded)
-        assert_relative([x.full_tensor() for x in found[1:]], expected[1:], 1e-12)
-        assert_relative([found[0][half]], [expected[0][half]], 1e-12)
-        Path(folder, f"rank{rank}").touch()
-        # gloo aborts a rank whose peer is gone, now and then even in an orderly teardown: both leave when both are done.
-        for _ in range(600):
-            if len(list(Path(folder).glob("rank*"))) == 2:
-                os._exit(0)
-            time.sleep(0.05)
-    finally:
-        dist.destroy_process_group()
+    expected = gradients(losses(head, slice(0, N)), hidden, head)
+    weight = distribute_tensor(head.weight_VD.detach(), mesh, [Shard(0)]).requires_grad_()
+    bias = distribute_tensor(head.bias_V.detach(), mesh, [Shard(0)]).requires_grad_()
+    sharded = Head(weight, bias, head.softcap, head.scale, head.vocab_mask_V)
+    found = gradients(losses(sharded, half), hidden, sharded)
+    assert_relative([x.full_tensor() for x in found[1:]], expected[1:], 1e-12)
+    assert_relative([found[0][half]], [expected[0][half]], 1e-12)
 
 
 def test_a_sharded_head_on_two_ranks_has_the_gradient_of_one(tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_sharded_head_worker, (str(tmp_path),), nprocs=2)
-    assert {p.name for p in tmp_path.glob("rank*")} == {"rank0", "rank1"}
+    on_two_ranks(_sharded_head, tmp_path)

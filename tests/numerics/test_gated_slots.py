@@ -6,38 +6,15 @@ import pytest
 import torch
 
 from limbeck.ops.gated_slots import gated_slot_attention, gated_slot_attention_reference, gated_slot_attention_step
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-NAMES = ("output", "state", "dq", "dk", "dv", "dg", "dstate")
+from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, results
 
 
 def make_inputs(batch: int, tokens: int, heads: int, width: int, slots: int, *, gate: float = 0.3, seed: int = 0) -> list[torch.Tensor]:
     """q, k, v, g in (-2 * gate, 0], and the initial state; fp64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def new(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    g = -2 * gate * torch.rand(batch, tokens, heads, slots, generator=generator, dtype=torch.float64)
-    v = new(batch, tokens, heads, width + 4)
-    return [new(batch, tokens, heads, width), new(batch, tokens, heads, width), v, g, new(batch, heads, slots, 2 * width + 4)]
-
-
-def results(rule, inputs: list[torch.Tensor], dtype: torch.dtype, **options) -> list[torch.Tensor]:
-    """Output, state and every gradient of a random linear loss."""
-    leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    output, state = rule(*leaves[:4], initial_state=leaves[4], **options)
-    generator = torch.Generator().manual_seed(9)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in (output, state)]
-    gradients = torch.autograd.grad((output * weights[0]).sum() + (state * weights[1]).sum(), leaves)
-    return [output.detach(), state.detach(), *gradients]
-
-
-def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
-    for name, a, b in zip(NAMES, found, expected, strict=True):
-        assert a.isfinite().all(), name
-        error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-6)
-        assert error <= tolerance, f"{name}: {error:.2e}"
+    make = Inputs(seed)
+    shape = (batch, tokens, heads)
+    q, k, v = make.normal(*shape, width), make.normal(*shape, width), make.normal(*shape, width + 4)
+    return [q, k, v, -2 * gate * make.uniform(*shape, slots), make.normal(batch, heads, slots, 2 * width + 4)]
 
 
 @pytest.mark.parametrize(
@@ -46,18 +23,17 @@ def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor], tolera
 def test_chunked_equals_recurrent_with_every_gradient(tokens: int, chunk: int, gate: float) -> None:
     """Log decays a token from 0 to -30: a chunk of 64 forgets up to e^-1900."""
     inputs = make_inputs(2, tokens, 2, 8, 6, gate=gate)
-    expected = results(gated_slot_attention_reference, inputs, torch.float64)
+    expected = results(gated_slot_attention_reference, inputs, torch.float64, state="initial_state")
     for dtype, tolerance in TOLERANCE.items():
-        assert_equal(results(gated_slot_attention, inputs, dtype, chunk=chunk), expected, tolerance)
+        assert_equal(results(gated_slot_attention, inputs, dtype, state="initial_state", chunk=chunk), expected, tolerance)
 
 
 def test_packed_documents_and_padding_equal_separate_documents() -> None:
-    lengths = (3, 13, 1, 16, 10, 7)
-    tokens, padding = sum(lengths), 5
+    tokens, padding = sum(LENGTHS), 5
     inputs = make_inputs(1, tokens + padding, 2, 8, 6)
-    documents = torch.cat([torch.repeat_interleave(torch.arange(6), torch.tensor(lengths)), torch.full((padding,), -1)])[None]
+    documents = torch.cat([torch.repeat_interleave(torch.arange(6), torch.tensor(LENGTHS)), torch.full((padding,), -1)])[None]
     state, outputs, start = inputs[4], [], 0
-    for length in lengths:
+    for length in LENGTHS:
         output, final = gated_slot_attention_reference(*(x[:, start : start + length] for x in inputs[:4]), initial_state=state)
         outputs.append(output)
         state, start = torch.zeros_like(state), start + length
@@ -66,9 +42,9 @@ def test_packed_documents_and_padding_equal_separate_documents() -> None:
         torch.testing.assert_close(output[:, :tokens], torch.cat(outputs, 1), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(after, final, rtol=1e-10, atol=1e-10)
         assert not output[:, tokens:].any()
-    expected = results(gated_slot_attention_reference, inputs, torch.float64, documents_BT=documents)
+    expected = results(gated_slot_attention_reference, inputs, torch.float64, state="initial_state", documents_BT=documents)
     for dtype, tolerance in TOLERANCE.items():
-        assert_equal(results(gated_slot_attention, inputs, dtype, documents_BT=documents, chunk=16), expected, tolerance)
+        assert_equal(results(gated_slot_attention, inputs, dtype, state="initial_state", documents_BT=documents, chunk=16), expected, tolerance)
 
 
 def test_prefill_and_decode_equal_the_full_pass() -> None:

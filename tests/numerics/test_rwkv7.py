@@ -9,40 +9,16 @@ from limbeck.ops.delta_rule import gated_delta_rule
 from limbeck.ops.kda import kimi_delta_rule
 from limbeck.ops.linear_attention import linear_attention
 from limbeck.ops.rwkv7 import generalised_delta_rule, generalised_delta_rule_reference, generalised_delta_rule_step
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-NAMES = ("output", "state", "dq", "dk", "dv", "dg", "da", "db", "dstate")
+from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, results
 
 
 def make_inputs(batch: int, tokens: int, heads: int, width: int, *, gate: float = 0.3, seed: int = 0) -> list[torch.Tensor]:
     """q, k, v, g in (-2 * gate, 0], a unit, b = -strength * a with a strength a channel, and the initial state; fp64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def new(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def share() -> torch.Tensor:
-        return torch.rand(batch, tokens, heads, width, generator=generator, dtype=torch.float64)
-
-    q, k, a = (torch.nn.functional.normalize(new(batch, tokens, heads, width), dim=-1) for _ in range(3))
-    return [q, k, new(batch, tokens, heads, width + 4), -2 * gate * share(), a, -share() * a, new(batch, heads, width, width + 4)]
-
-
-def results(rule, inputs: list[torch.Tensor], dtype: torch.dtype, **options) -> list[torch.Tensor]:
-    """Output, state and every gradient of a random linear loss."""
-    leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    output, state = rule(*leaves[:6], initial_state_BHKV=leaves[6], **options)
-    generator = torch.Generator().manual_seed(9)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in (output, state)]
-    gradients = torch.autograd.grad((output * weights[0]).sum() + (state * weights[1]).sum(), leaves)
-    return [output.detach(), state.detach(), *gradients]
-
-
-def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
-    for name, a, b in zip(NAMES, found, expected, strict=True):
-        assert a.isfinite().all(), name
-        error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-6)
-        assert error <= tolerance, f"{name}: {error:.2e}"
+    make = Inputs(seed)
+    shape = (batch, tokens, heads, width)
+    q, k, a = (make.unit(*shape) for _ in range(3))
+    v, g = make.normal(batch, tokens, heads, width + 4), -2 * gate * make.uniform(*shape)
+    return [q, k, v, g, a, -make.uniform(*shape) * a, make.normal(batch, heads, width, width + 4)]
 
 
 @pytest.mark.parametrize(
@@ -57,12 +33,11 @@ def test_chunked_equals_recurrent_with_every_gradient(tokens: int, chunk: int, g
 
 
 def test_packed_documents_and_padding_equal_separate_documents() -> None:
-    lengths = (3, 13, 1, 16, 10, 7)
-    tokens, padding = sum(lengths), 5
+    tokens, padding = sum(LENGTHS), 5
     inputs = make_inputs(1, tokens + padding, 2, 8)
-    documents = torch.cat([torch.repeat_interleave(torch.arange(6), torch.tensor(lengths)), torch.full((padding,), -1)])[None]
+    documents = torch.cat([torch.repeat_interleave(torch.arange(6), torch.tensor(LENGTHS)), torch.full((padding,), -1)])[None]
     state, outputs, start = inputs[6], [], 0
-    for length in lengths:
+    for length in LENGTHS:
         output, final = generalised_delta_rule_reference(*(x[:, start : start + length] for x in inputs[:6]), initial_state_BHKV=state)
         outputs.append(output)
         state, start = torch.zeros_like(state), start + length

@@ -109,6 +109,19 @@ def test_a_lost_teacher_ends_the_run_saved_and_it_goes_on_bit_equal(tmp_path: Pa
     assert traces[0] == traces[1]
 
 
+def test_a_teacher_lost_in_validation_ends_the_run_saved(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 6, "validation_rows": Rows(seed=5), "validate_every": 3, "validate_rows": 10}
+    make_trainer(tmp_path / "whole", step_with(Remote(seed=7)), **options).run()
+    with pytest.raises(TeacherError, match="gone"):
+        # The rows of three steps and of the next one were asked for when the first held-out rows are.
+        make_trainer(tmp_path / "cut", step_with(Remote(seed=7, fails_at=4)), **options).run()
+    resumed = make_trainer(tmp_path / "cut", step_with(Remote(seed=7)), **options)
+    resumed.run()
+    assert resumed.began_step == 3, "nothing was trained twice"
+    traces = [loss_trace(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    assert traces[0] == traces[1]
+
+
 def test_a_stop_signal_is_obeyed_while_the_teacher_is_away(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, step_with(Remote(delay=60, seed=7)), steps=4)
     threading.Timer(0.5, lambda: signal.raise_signal(signal.SIGTERM)).start()
@@ -125,13 +138,18 @@ def test_what_was_not_answered_does_not_count(tmp_path: Path) -> None:
             with torch.no_grad():
                 return Later(answered, self.inner.signal(batch, needs), 0.0)
 
-    whole, half = Remote(seed=7), Half(seed=7)
-    trainers = [make_trainer(tmp_path / str(i), step_with(t), steps=1) for i, t in enumerate((whole, half))]
-    for trainer in trainers:
-        trainer.run()
-    raw = [read_metrics(tmp_path / str(i) / "metrics.jsonl")[-1]["kl/raw"] for i in range(2)]
-    assert raw[0] != raw[1]
-    assert all(value < 10 for value in raw), "a mean over what counted, not over everything"
+    class Masked(Rows):
+        """The same rows, of which only what :class:`Half` answers was ever to count."""
+
+        def batch(self, indices: Any) -> Batch:
+            whole = super().batch(indices)
+            return replace(whole, labels_BT=whole.labels_BT.masked_fill(torch.arange(whole.labels_BT.shape[1]) % 2 != 0, -100))
+
+    make_trainer(tmp_path / "half", step_with(Half(seed=7)), steps=3).run()
+    make_trainer(tmp_path / "masked", step_with(Remote(seed=7)), rows=Masked(), steps=3).run()
+    make_trainer(tmp_path / "whole", step_with(Remote(seed=7)), steps=3).run()
+    traces = {name: loss_trace(tmp_path / name / "metrics.jsonl") for name in ("half", "masked", "whole")}
+    assert traces["half"] == traces["masked"] != traces["whole"]
 
 
 def test_a_run_that_waits_says_what_to_change_once(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Served:
     module = None
 
     def __init__(self, silent: Sequence[bytes] = (), on_failure: str = "ce_only"):
-        self.options = SimpleNamespace(on_failure=on_failure)
+        self.missing = on_failure
         self.findings = SimpleNamespace(vocabulary=500)
         self.asked: list[tuple[int, bool]] = []
         self.silent, self.closed = set(silent), False

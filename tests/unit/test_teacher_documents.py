@@ -53,12 +53,12 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
 
 def test_every_counted_position_is_asked_once_and_no_other() -> None:
     batch = ragged()
-    asks, places = asks_of(batch)
+    asks, starts = asks_of(batch)
     assert len(asks) == 5, "a document of which nothing counts is not asked about"
-    rows = np.concatenate([place.start + ask.positions for ask, place in zip(asks, places, strict=True)])
+    rows = np.concatenate([start + ask.positions for ask, start in zip(asks, starts, strict=True)])
     assert rows.tolist() == batch.label_mask_BT.flatten().nonzero().squeeze(1).tolist()
-    for ask, place in zip(asks, places, strict=True):
-        labels = batch.labels_BT.flatten()[place.start + torch.from_numpy(ask.positions).long()]
+    for ask, start in zip(asks, starts, strict=True):
+        labels = batch.labels_BT.flatten()[start + torch.from_numpy(ask.positions).long()]
         assert labels.tolist() == ask.ids[ask.positions + 1].tolist(), "a row predicts the token after its position"
 
 
@@ -70,8 +70,8 @@ def test_a_document_is_known_by_its_tokens_alone() -> None:
 
 def test_scored_documents_give_the_signal_of_the_packed_batch(scorer: Scorer) -> None:
     batch = ragged()
-    asks, places = asks_of(batch)
-    _, signal = assemble(batch, asks, places, scorer.score(asks, NEED), NEED.temperatures)
+    asks, starts = asks_of(batch)
+    _, signal = assemble(batch, asks, starts, scorer.score(asks, NEED), NEED.temperatures)
     with torch.no_grad():
         hidden_ND = forward_packed(scorer.model, batch).flatten(0, 1)
     direct = linear_topk(hidden_ND, head_of(scorer.model), signal.rows_n, k=6, temperatures=NEED.temperatures)
@@ -84,10 +84,10 @@ def test_scored_documents_give_the_signal_of_the_packed_batch(scorer: Scorer) ->
 
 def test_a_shift_by_one_position_is_seen(scorer: Scorer) -> None:
     batch = ragged()
-    asks, places = asks_of(batch)
+    asks, starts = asks_of(batch)
     shifted = [Ask(ask.ids, np.maximum(ask.positions - 1, 0)) for ask in asks]
-    right = assemble(batch, asks, places, scorer.score(asks, NEED), NEED.temperatures)[1]
-    wrong = assemble(batch, asks, places, scorer.score(shifted, NEED), NEED.temperatures)[1]
+    right = assemble(batch, asks, starts, scorer.score(asks, NEED), NEED.temperatures)[1]
+    wrong = assemble(batch, asks, starts, scorer.score(shifted, NEED), NEED.temperatures)[1]
     assert not torch.allclose(right.logits_nK, wrong.logits_nK, atol=1e-2)
 
 
@@ -96,8 +96,8 @@ def test_the_local_teacher_and_the_scorer_agree(scorer: Scorer) -> None:
     teacher = LocalTeacher(LocalTeacherOptions(model="x"), scorer.source)
     teacher.load("cpu")
     batch = ragged()
-    asks, places = asks_of(batch)
-    _, expected = assemble(batch, asks, places, scorer.score(asks, need), need.temperatures)
+    asks, starts = asks_of(batch)
+    _, expected = assemble(batch, asks, starts, scorer.score(asks, need), need.temperatures)
     found = teacher.signal(batch, {TopK: need})[TopK]
     assert torch.equal(found.rows_n, expected.rows_n) and torch.equal(found.ids_nK, expected.ids_nK)
     assert expected.samples_nS is not None and (found.samples_nS == expected.samples_nS).float().mean() > 0.99
@@ -107,11 +107,11 @@ def test_the_local_teacher_and_the_scorer_agree(scorer: Scorer) -> None:
 @pytest.mark.parametrize(("missing", "counts"), [("ce_only", True), ("skip", False)])
 def test_what_is_not_answered_is_masked_as_the_policy_says(scorer: Scorer, missing: str, counts: bool) -> None:
     batch = ragged()
-    asks, places = asks_of(batch)
+    asks, starts = asks_of(batch)
     answers: list[TopKRows | None] = list(scorer.score(asks, NEED))
     answers[1] = None
-    masked, signal = assemble(batch, asks, places, answers, NEED.temperatures, missing=missing)
-    lost = places[1].start + torch.from_numpy(asks[1].positions).long()
+    masked, signal = assemble(batch, asks, starts, answers, NEED.temperatures, missing=missing)
+    lost = starts[1] + torch.from_numpy(asks[1].positions).long()
     assert masked.signal_mask_BT.flatten().nonzero().squeeze(1).tolist() == signal.rows_n.tolist()
     assert not masked.signal_mask_BT.flatten()[lost].any()
     assert bool(masked.label_mask_BT.flatten()[lost].all()) is counts
@@ -120,11 +120,11 @@ def test_what_is_not_answered_is_masked_as_the_policy_says(scorer: Scorer, missi
 
 def test_an_answer_of_the_wrong_length_is_refused(scorer: Scorer) -> None:
     batch = ragged()
-    asks, places = asks_of(batch)
+    asks, starts = asks_of(batch)
     answers: list[Any] = scorer.score(asks, NEED)
     answers[0] = TopKRows(answers[0].ids_mK[1:], answers[0].logits_mK[1:], answers[0].log_z_mZ[1:])
     with pytest.raises(ValueError, match="rows to a question about"):
-        assemble(batch, asks, places, answers, NEED.temperatures)
+        assemble(batch, asks, starts, answers, NEED.temperatures)
 
 
 def test_packing_puts_every_document_somewhere_and_depends_on_the_documents_alone() -> None:

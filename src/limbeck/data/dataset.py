@@ -28,7 +28,7 @@ class TokenRows:
         Raises:
             DataError: not prepared text, no such split, or a missing, truncated or (``verify``) altered file.
         """
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         self.info: DataInfo = read_info(folder, verify=verify)
         if split not in self.info.splits:
             known = ", ".join(self.info.splits)

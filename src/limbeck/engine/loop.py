@@ -298,7 +298,7 @@ class Trainer:
             if last or saving or self.at.step == 1 or self.at.step % self.options.log_every == 0:
                 self._log(writer)
             if self.validation_rows is not None and every_validation and (last or self.at.step % every_validation == 0):
-                self._validate(writer)
+                self._validate(writer, queue.position)
             if saving:
                 self._save(queue.position)
             elif last:
@@ -424,15 +424,21 @@ class Trainer:
             self.advised = True
             self.voice.say(f"{100 * waiting:.0f}% of the time is spent waiting for the teacher: {advice()}")
 
-    def _validate(self, writer: MetricsWriter | None) -> None:
+    def _validate(self, writer: MetricsWriter | None, position: dict[str, int]) -> None:
         """Log the losses on held-out rows; the time it takes is not training time."""
         rows, options = self.validation_rows, self.options
         assert rows is not None
         began = time.perf_counter()
         size = options.microbatch or max(1, min(options.validate_rows, self.loader.rows_per_step) // self.world.size)
-        values = validate(
-            self.train_step, rows, wanted=options.validate_rows, size=size, world=self.world, precision=options.precision
-        )
+        try:
+            values = validate(
+                self.train_step, rows, wanted=options.validate_rows, size=size, world=self.world, precision=options.precision
+            )
+        except TeacherError:
+            # Alone, this rank can save; with others beside it, they may be in the middle of the next forward.
+            if self.world.size == 1:
+                self._save(position, final=self.at.step == self.total, required=True)
+            raise
         if writer is not None:
             writer.write({"step": self.at.step, **{f"validation/{name}": value for name, value in values.items()}})
             self.voice.say(f"step {self.at.step}: held-out loss {values['loss']:.4f}")

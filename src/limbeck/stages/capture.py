@@ -19,10 +19,9 @@ from limbeck.data.dataset import TokenRows
 from limbeck.engine.console import duration, quantity
 from limbeck.errors import TeacherError
 from limbeck.models.loading import load_tokenizer
-from limbeck.models.vocabulary import compare_vocabularies
 from limbeck.needs import TopK
 from limbeck.stages.context import StageContext
-from limbeck.stages.teaching import build_teacher, check_served_vocabulary
+from limbeck.stages.teaching import build_teacher, check_teacher_vocabulary
 from limbeck.teachers.documents import Ask, TopKRows, asks_of
 from limbeck.teachers.store.blocks import asked_of
 from limbeck.teachers.store.store import SignalStore
@@ -52,12 +51,11 @@ class CaptureStage:
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
         num_ids = max(tokenizer.get_vocab().values()) + 1
         teacher = build_teacher(context, options.teacher)
-        teacher.load(context.world.device)
         try:
+            teacher.load(context.world.device)
+            check_teacher_vocabulary(teacher, tokenizer)
             if options.teacher.kind == "local":
-                compare_vocabularies(tokenizer, load_tokenizer(teacher.source), names=("the data", f"the teacher {teacher.source}"))
                 teacher.num_ids = num_ids
-            check_served_vocabulary(teacher, tokenizer)
             for line in getattr(teacher, "summary", ()):
                 context.say(f"  {line}")
             self._capture(teacher, sides, num_ids)

@@ -9,7 +9,8 @@ from typing import Any
 from limbeck.config.base import From
 from limbeck.config.parts.teachers import TEACHERS
 from limbeck.errors import RunError, TeacherError
-from limbeck.models.vocabulary import vocabulary_digest
+from limbeck.models.loading import load_tokenizer
+from limbeck.models.vocabulary import compare_vocabularies, vocabulary_digest
 from limbeck.stages.context import StageContext
 
 
@@ -42,12 +43,16 @@ def signal_folder(context: StageContext, signals: str | From) -> Path:
     return context.artefact(signals.from_, "signals")
 
 
-def check_served_vocabulary(teacher: Any, tokenizer: Any) -> None:
-    """Refuse a served teacher that means other tokens by the data's ids, where the server says which it means."""
+def check_teacher_vocabulary(teacher: Any, tokenizer: Any) -> None:
+    """Refuse a loaded teacher, or one that it stands in front of, that means other tokens by the data's ids.
+
+    Token strings are compared; a served teacher, where it says which it means, gives their digest.
+    """
     for part in parts_of(teacher):
+        if hasattr(part, "source"):
+            compare_vocabularies(tokenizer, load_tokenizer(part.source), names=("the data", f"the teacher {part.source}"))
         served = getattr(getattr(part, "findings", None), "tokenizer", None)
-        ours = vocabulary_digest(tokenizer)
-        if served is not None and served != ours:
+        if served is not None and served != (ours := vocabulary_digest(tokenizer)):
             raise TeacherError(
                 f"the teacher at {part.options.url} has another vocabulary than the data (digest {served[:12]} there, {ours[:12]} here): its ids "
                 "mean other tokens; prepare the data with the teacher's own tokenizer, or serve a teacher of the same one"
@@ -55,10 +60,9 @@ def check_served_vocabulary(teacher: Any, tokenizer: Any) -> None:
 
 
 def tell_domains(teacher: Any, domains: Sequence[str]) -> None:
-    """Give a mixture, also one behind a store, the names of the data's domains."""
-    for part in parts_of(teacher):
-        if hasattr(part, "domains"):
-            part.domains = domains
+    """Give a mixture the names of the data's domains."""
+    if hasattr(teacher, "domains"):
+        teacher.domains = domains
 
 
 def parts_of(teacher: Any) -> Iterator[Any]:

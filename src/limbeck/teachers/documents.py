@@ -7,7 +7,7 @@ becomes a position of a document and back; protocols and stores deal in :class:`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -15,7 +15,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from limbeck.types import IGNORE, Batch, TopKSignal
+from limbeck.needs import TopK
+from limbeck.types import IGNORE, Batch, Signal, TopKSignal
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,11 @@ class TopKRows:
         return len(self.ids_mK)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a document of a batch begins: index of its first token in the flattened ``[B * T]``."""
-
-    start: int
-
-
-def asks_of(batch: Batch) -> tuple[list[Ask], list[Place]]:
-    """The documents of a batch of which any position counts, in order."""
+def asks_of(batch: Batch) -> tuple[list[Ask], list[int]]:
+    """The documents of a batch of which any position counts, in order, and the index of each one's first token in ``[B * T]``."""
     ids_BT, documents_BT, mask_BT = (part.cpu().numpy() for part in (batch.input_ids_BT, batch.documents_BT, batch.label_mask_BT))
     domains_BT = None if batch.domains_BT is None else batch.domains_BT.cpu().numpy()
-    asks, places = [], []
+    asks, starts = [], []
     width = ids_BT.shape[1]
     for row in range(len(ids_BT)):
         edges = np.flatnonzero(np.diff(documents_BT[row], prepend=-2, append=-2))
@@ -74,14 +68,14 @@ def asks_of(batch: Batch) -> tuple[list[Ask], list[Place]]:
                 continue
             domain = 0 if domains_BT is None else int(domains_BT[row, start])
             asks.append(Ask(ids_BT[row, start:end].astype(np.int32), positions.astype(np.int32), domain))
-            places.append(Place(row * width + int(start)))
-    return asks, places
+            starts.append(row * width + int(start))
+    return asks, starts
 
 
 def assemble(
     batch: Batch,
     asks: Sequence[Ask],
-    places: Sequence[Place],
+    starts: Sequence[int],
     answers: Sequence[TopKRows | None],
     temperatures: tuple[float, ...],
     *,
@@ -90,9 +84,10 @@ def assemble(
     """The signal of a batch from the answers to its documents, and the batch with what was not answered masked.
 
     ``missing`` says what becomes of positions without an answer: ``ce_only`` leaves them to losses that need no teacher,
-    ``skip`` takes them out of every loss.  Shapes are those of :class:`~limbeck.types.TopKSignal`; all answers have one K.
+    ``skip`` takes them out of every loss.  Shapes are those of :class:`~limbeck.types.TopKSignal`; all answers have one K.  Both are on
+    the device of the batch.
     """
-    rows = [place.start + ask.positions.astype(np.int64) for ask, place in zip(asks, places, strict=True)]
+    rows = [start + ask.positions.astype(np.int64) for ask, start in zip(asks, starts, strict=True)]
     there = [i for i, answer in enumerate(answers) if answer is not None]
     given = [answer for answer in answers if answer is not None]
     for i in there:
@@ -114,12 +109,30 @@ def assemble(
         samples_nS=None
         if not given or given[0].samples_mS is None
         else joined([answer.samples_mS for answer in given if answer.samples_mS is not None], (0, 0), np.int64),
-    )
+    ).to(batch.labels_BT.device)
     if len(there) == len(asks):
         return batch, signal
-    answered = torch.zeros(batch.labels_BT.numel(), dtype=torch.bool)
-    answered[signal.rows_n] = True
-    answered_BT = answered.view_as(batch.labels_BT).to(batch.labels_BT.device)
+    answered_BT = torch.zeros_like(batch.labels_BT, dtype=torch.bool)
+    answered_BT.view(-1)[signal.rows_n] = True
     if missing == "skip":
         return replace(batch, labels_BT=batch.labels_BT.masked_fill(~answered_BT, IGNORE), answered_BT=answered_BT), signal
     return replace(batch, answered_BT=answered_BT), signal
+
+
+class PendingAnswers:
+    """The answers to a micro-batch's documents on their way (:class:`~limbeck.types.Pending`), whoever gives them.
+
+    ``wait(timeout)`` gives them or raises :class:`TimeoutError`; ``finish`` puts them together, as :func:`assemble` does.
+    """
+
+    def __init__(
+        self,
+        wait: Callable[[float | None], Sequence[TopKRows | None]],
+        finish: Callable[[Sequence[TopKRows | None]], tuple[Batch, TopKSignal]],
+    ):
+        self._wait, self._finish = wait, finish
+
+    def result(self, timeout: float | None = None) -> tuple[Batch, Signal]:
+        """Batch and signal.  Raises :class:`~limbeck.errors.TeacherError`, and ``TimeoutError`` after ``timeout`` seconds."""
+        batch, rows = self._finish(self._wait(timeout))
+        return batch, Signal({TopK: rows})

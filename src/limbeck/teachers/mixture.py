@@ -13,8 +13,11 @@ import torch
 from limbeck.config.parts.teachers import MixtureTeacherOptions
 from limbeck.errors import TeacherError
 from limbeck.needs import Need, TopK
-from limbeck.teachers.documents import Ask, Place, TopKRows, asks_of, assemble
-from limbeck.types import Batch, Pending, Signal, Visit
+from limbeck.teachers.documents import Ask, PendingAnswers, TopKRows, asks_of, assemble
+from limbeck.types import Batch, Signal, Visit
+
+THREADS = 4
+"""Micro-batches about which one teacher is asked at one time."""
 
 
 class MixtureTeacher:
@@ -31,11 +34,11 @@ class MixtureTeacher:
         self.domains: Sequence[str] = ("text",)
         self.lookahead = max((getattr(t, "lookahead", 1) for t in self.teachers.values() if hasattr(t, "submit")), default=0)
         self.missing = "skip" if any(getattr(t, "missing", "ce_only") == "skip" for t in self.teachers.values()) else "ce_only"
-        # Teachers elsewhere are asked side by side; one in this process takes its turn when its answer is needed.
+        # Teachers elsewhere are asked side by side; a network in this process takes its turn when its answer is needed.
         self._threads = {
-            name: ThreadPoolExecutor(getattr(teacher, "in_flight", 4), thread_name_prefix=f"teacher-{name}")
+            name: ThreadPoolExecutor(THREADS, thread_name_prefix=f"teacher-{name}")
             for name, teacher in self.teachers.items()
-            if getattr(teacher, "module", None) is None
+            if not hasattr(teacher, "score")
         }
 
     def load(self, device: torch.device) -> None:
@@ -57,24 +60,21 @@ class MixtureTeacher:
             raise TeacherError(f"teacher 'mixture' has no teacher for the domain {domain!r} (it has {known}): name one in teachers, or set `default`")
         return self.default
 
-    def submit(self, batch: Batch, needs: Mapping[type[Need], Need]) -> Pending:
+    def submit(self, batch: Batch, needs: Mapping[type[Need], Need]) -> PendingAnswers:
         """Ask every teacher about its documents."""
         need = needs[TopK]
         assert isinstance(need, TopK)
-        asks, places = asks_of(batch)
-        return _Answers(self, batch, asks, places, self._parts(asks, need), need)
+        asks, starts = asks_of(batch)
+        finish = partial(assemble, batch, asks, starts, temperatures=need.temperatures, missing=self.missing)
+        return PendingAnswers(partial(self._gather, len(asks), self._parts(asks, need)), finish)
 
-    def ask(self, asks: Sequence[Ask], need: TopK, *, alone: bool = False) -> list[TopKRows | None]:
-        """Answer documents, each by its own teacher and with ``alone`` each on its own; None for what one did not answer."""
-        return self._gather(len(asks), self._parts(asks, need, alone), None)
-
-    def _parts(self, asks: Sequence[Ask], need: TopK, alone: bool = False) -> list[_Part]:
+    def _parts(self, asks: Sequence[Ask], need: TopK) -> list[_Part]:
         routed: dict[str, list[int]] = {}
         for index, ask in enumerate(asks):
             routed.setdefault(self.route(ask), []).append(index)
         parts = []
         for name, indices in routed.items():
-            question = partial(self.teachers[name].ask, [asks[i] for i in indices], need, alone=alone)
+            question = partial(self.teachers[name].ask, [asks[i] for i in indices], need)
             pool = self._threads.get(name)
             parts.append(_Part(indices, question, None if pool is None else pool.submit(question)))
         return parts
@@ -123,18 +123,3 @@ class _Part:
     indices: list[int]
     question: Callable[[], list[TopKRows | None]]
     later: Future[list[TopKRows | None]] | None
-
-
-class _Answers:
-    """The answers of all teachers to one batch."""
-
-    def __init__(self, mixture: MixtureTeacher, batch: Batch, asks: list[Ask], places: list[Place], parts: list[_Part], need: TopK):
-        self._mixture, self._batch, self._need = mixture, batch, need
-        self._asks, self._places, self._parts = asks, places, parts
-
-    def result(self, timeout: float | None = None) -> tuple[Batch, Signal]:
-        """The signal of all."""
-        mixture, need = self._mixture, self._need
-        answers = mixture._gather(len(self._asks), self._parts, timeout)
-        batch, signal = assemble(self._batch, self._asks, self._places, answers, need.temperatures, missing=mixture.missing)
-        return batch, Signal({TopK: signal})

@@ -8,8 +8,8 @@ before, and a run with a full cache equals the run that filled it bit for bit.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ import torch
 from limbeck.config.parts.teachers import StoredTeacherOptions
 from limbeck.errors import TeacherError
 from limbeck.needs import Need, TopK
-from limbeck.teachers.documents import Ask, Place, TopKRows, asks_of, assemble
+from limbeck.teachers.documents import Ask, PendingAnswers, TopKRows, asks_of, assemble
 from limbeck.teachers.store.manifest import Identity, read_manifest
 from limbeck.teachers.store.store import SignalStore
-from limbeck.types import Batch, Signal, Visit
+from limbeck.types import Batch, Signal, TopKSignal, Visit
 
 THREADS = 4
 """Micro-batches whose answers are read or asked for at one time."""
@@ -120,11 +120,7 @@ class StoredTeacher:
 
     def signal(self, batch: Batch, needs: Mapping[type[Need], Need]) -> Signal:
         """``signal[TopK]`` of a micro-batch."""
-        need = needs.get(TopK)
-        if not isinstance(need, TopK):
-            return Signal()
-        asks, places = asks_of(batch)
-        return self._assemble(batch, asks, places, self.ask(asks, need), need)[1]
+        return self._pending(batch, needs, lambda asks, need: lambda timeout: self.ask(asks, need)).result()[1]
 
     def stream(self, batch: Batch, visit: Visit) -> None:
         """Nothing streams from a store; the options say so before anything is loaded."""
@@ -145,7 +141,7 @@ class StoredTeacher:
     @property
     def missing(self) -> str:
         """What becomes of documents that were not answered (:func:`~limbeck.teachers.documents.assemble`)."""
-        return "skip" if getattr(getattr(self.inner, "options", None), "on_failure", None) == "skip" else "ce_only"
+        return getattr(self.inner, "missing", "ce_only")
 
     def close(self) -> None:
         """Free the store for other writers, and end the work of the teacher behind it."""
@@ -156,22 +152,29 @@ class StoredTeacher:
         if self._store is not None:
             self._store.close()
 
-    def _submit(self, batch: Batch, needs: Mapping[type[Need], Need]) -> PendingSignal:
+    def _submit(self, batch: Batch, needs: Mapping[type[Need], Need]) -> PendingAnswers:
         """Read, or ask, in the background."""
-        need = needs.get(TopK)
         assert self._threads is not None
-        if not isinstance(need, TopK):
-            return PendingSignal(self, batch, [], [], None, None)
-        asks, places = asks_of(batch)
-        return PendingSignal(self, batch, asks, places, need, self._threads.submit(self.ask, asks, need))
+        pool = self._threads
+        return self._pending(batch, needs, lambda asks, need: pool.submit(self.ask, asks, need).result)
 
-    def _assemble(
-        self, batch: Batch, asks: list[Ask], places: list[Place], answers: Sequence[TopKRows | None], need: TopK
-    ) -> tuple[Batch, Signal]:
-        assert self._store is not None
-        temperatures = tuple(self._store.identity.temperatures[i] for i in self._columns(need, self._store.identity))
-        batch, rows = assemble(batch, asks, places, answers, temperatures, missing=self.missing)
-        return batch, Signal({TopK: rows.to(batch.input_ids_BT.device)})
+    def _pending(
+        self,
+        batch: Batch,
+        needs: Mapping[type[Need], Need],
+        begin: Callable[[list[Ask], TopK], Callable[[float | None], list[TopKRows | None]]],
+    ) -> PendingAnswers:
+        need = needs[TopK]
+        assert isinstance(need, TopK)
+        asks, starts = asks_of(batch)
+
+        def finish(answers: Sequence[TopKRows | None]) -> tuple[Batch, TopKSignal]:
+            # Only an open store knows which temperatures it holds.
+            held = self._open(need).identity
+            temperatures = tuple(held.temperatures[i] for i in self._columns(need, held))
+            return assemble(batch, asks, starts, answers, temperatures, missing=self.missing)
+
+        return PendingAnswers(begin(asks, need), finish)
 
     def _open(self, need: TopK) -> SignalStore:
         """The store; made for this need if it is not there."""
@@ -233,28 +236,6 @@ class StoredTeacher:
         held = store.identity
         answers = ask_each(self.inner, asks, TopK(held.k, held.temperatures, held.samples), self._scoring)
         return [None if rows is None else store.put(ask, rows) for ask, rows in zip(asks, answers, strict=True)]
-
-
-class PendingSignal:
-    """One micro-batch's answer on its way (:class:`~limbeck.types.Pending`)."""
-
-    def __init__(
-        self,
-        teacher: StoredTeacher,
-        batch: Batch,
-        asks: list[Ask],
-        places: list[Place],
-        need: TopK | None,
-        later: Future[list[TopKRows | None]] | None,
-    ):
-        self._teacher, self._batch, self._asks, self._places = teacher, batch, asks, places
-        self._need, self._later = need, later
-
-    def result(self, timeout: float | None = None) -> tuple[Batch, Signal]:
-        """Batch and signal.  Raises :class:`~limbeck.errors.TeacherError`."""
-        if self._later is None or self._need is None:
-            return self._batch, Signal()
-        return self._teacher._assemble(self._batch, self._asks, self._places, self._later.result(timeout), self._need)
 
 
 def ask_each(inner: Any, asks: Sequence[Ask], need: TopK, turn: threading.Lock | None = None) -> list[TopKRows | None]:

@@ -39,15 +39,9 @@ GATED_DELTANET_PRESETS: dict[str, dict[str, Any]] = {
 linear of v5 starts as the identity."""
 
 
-class MatrixStateOptions(Part):
-    """What mixers with a matrix state a head share."""
+class ReadOutOptions(Part):
+    """What mixers with a matrix state a head share, however q, k and v are made."""
 
-    short_conv: int = Field(0, ge=0, le=16)
-    """Kernel size of the causal depthwise convolution on q, k and v; 0 for none."""
-    activation: Literal["none", "silu"] = "none"
-    """Applied to q and k (after the convolution)."""
-    activate_v: bool = False
-    """Also apply the activation to v.  A copied value projection then cannot emit negative values: only for `native`."""
     rope: bool = True
     """Rotate the linear q and k with the family's own rotary embedding."""
     qk_norm: Literal["l2", "none"] = "l2"
@@ -63,6 +57,17 @@ class MatrixStateOptions(Part):
     the copied projections then start much nearer to the attention's output."""
     chunk: int = Field(64, ge=8, le=256)
     """Tokens a chunk of the parallel form."""
+
+
+class MatrixStateOptions(ReadOutOptions):
+    """What mixers with a matrix state over convolved projections share."""
+
+    short_conv: int = Field(0, ge=0, le=16)
+    """Kernel size of the causal depthwise convolution on q, k and v; 0 for none."""
+    activation: Literal["none", "silu"] = "none"
+    """Applied to q and k (after the convolution)."""
+    activate_v: bool = False
+    """Also apply the activation to v.  A copied value projection then cannot emit negative values: only for `native`."""
 
 
 class DeltaRuleOptions(MatrixStateOptions):
@@ -191,7 +196,7 @@ class PathOptions(Part):
 
 
 @MIXERS.register("limbeck.students.mixers.rwkv7:Rwkv7")
-class Rwkv7Options(Part):
+class Rwkv7Options(ReadOutOptions):
     """RWKV-7 (arXiv 2503.14456): a decay for every channel, a removal key beside the key, and the first layer's values in all layers."""
 
     kind: Literal["rwkv7"] = "rwkv7"
@@ -201,20 +206,6 @@ class Rwkv7Options(Part):
     """Width between the two linears that make decays, strengths and the mix with the first layer's values."""
     decay_init: tuple[SlowRate, SlowRate] = (0.003, 0.3)
     """Range of the initial forget rates a token; log-uniform over heads, the same in all channels of one."""
-    rope: bool = True
-    """Rotate q and k with the family's own rotary embedding."""
-    qk_norm: Literal["l2", "none"] = "l2"
-    """Normalise q and k per head inside the kernel, as the removal key always is."""
-    keep_qk_norm: bool = True
-    """Carry the teacher's own q/k norms (Qwen3, OLMo2), where it has them, before the rotation."""
-    output_gate: bool = True
-    """Multiply the output by a learned SiLU gate of the layer's input, before the output projection."""
-    gate_bias: bool = True
-    """Give the gate a bias, so that it starts open everywhere.  Without one it starts random."""
-    output_norm: bool = False
-    """RMS-normalise each head's output before the gate."""
-    chunk: int = Field(64, ge=8, le=256)
-    """Tokens a chunk of the parallel form."""
 
     short_conv: ClassVar[int] = 0
     """The token shift is RWKV-7's convolution."""

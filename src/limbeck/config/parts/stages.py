@@ -11,7 +11,7 @@ from limbeck.config.parts.objectives import OBJECTIVES
 from limbeck.config.parts.sources import SOURCES
 from limbeck.config.parts.surgeries import SURGERIES
 from limbeck.config.parts.teachers import TEACHERS, ModelSource
-from limbeck.needs import Need, TopK
+from limbeck.needs import Need, TopK, merge_needs
 from limbeck.registry import Registry
 
 STAGES = Registry("stage")
@@ -234,6 +234,10 @@ class TrainStageOptions(StageOptions):
                 answer = self.teacher.provides(need)
                 if answer is not True:
                     gaps.append(f"{wants}: {answer}")
+        try:
+            merge_needs(need for objective in self.objectives for need in objective.needs())
+        except ValueError as error:
+            gaps.append(str(error))
         streaming = [o.kind for o in self.objectives if o.kind == "attention_alignment"]
         if streaming and len(self.objectives) > 1:
             gaps.append("objective 'attention_alignment' streams layer by layer and stands alone: the others need a later stage")

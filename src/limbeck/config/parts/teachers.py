@@ -146,6 +146,9 @@ class MixtureTeacherOptions(Part):
     def _default_is_one(self) -> MixtureTeacherOptions:
         if self.default is not None and self.default not in self.teachers:
             raise ValueError(f"`default` names {self.default!r}; teachers: {', '.join(self.teachers)}")
+        nested = [name for name, teacher in self.teachers.items() if teacher.kind == "mixture"]
+        if nested:
+            raise ValueError(f"teachers.{nested[0]} is a mixture itself: name its teachers here")
         return self
 
     def provides(self, need: Need) -> bool | str:

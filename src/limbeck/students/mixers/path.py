@@ -19,31 +19,24 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from limbeck.config.parts.mixers import PathOptions
-from limbeck.errors import ModelError
 from limbeck.models.state import MixerState, mixer_state
 from limbeck.models.structure import AttentionFacts, AttentionView, Rotary
 from limbeck.ops.convolution import short_convolution
 from limbeck.ops.path_attention import PathKeys, path_attention
-from limbeck.students.mixers.base import GroupedHeads, Mixer, Report, compute_dtype, copy_linear, places
-from limbeck.students.mixers.sliding_window import POSITION_BYTES
+from limbeck.students.mixers.base import GroupedHeads, Report, compute_dtype, places
+from limbeck.students.mixers.grouped import POSITION_BYTES, GroupedMixer
 
 KEY_BYTES = 4
 
 
-class PathAttention(Mixer):
+class PathAttention(GroupedMixer):
     """Softmax attention over all tokens, with a path between a query and a key in the place of, or on top of, a rotation."""
+
+    options: PathOptions
 
     def __init__(self, options: PathOptions, facts: AttentionFacts, config: PreTrainedConfig, layer_index: int):
         super().__init__(options, facts, config, layer_index)
-        self.options: PathOptions = options
-        width, kv_width = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
-        self.q_proj = nn.Linear(facts.hidden_size, width, bias=facts.q_bias)
-        self.k_proj = nn.Linear(facts.hidden_size, kv_width, bias=facts.k_bias)
-        self.v_proj = nn.Linear(facts.hidden_size, kv_width, bias=facts.v_bias)
-        self.o_proj = nn.Linear(width, facts.hidden_size, bias=facts.o_bias)
-        norms = facts.new_norms()
-        if norms is not None:
-            self.q_norm, self.k_norm = norms
+        kv_width = facts.num_kv_heads * facts.head_dim
         self.w_down = nn.Linear(facts.hidden_size, options.path_rank, bias=False)
         self.w_up = nn.Linear(options.path_rank, kv_width, bias=False)
         if options.short_conv:
@@ -53,17 +46,7 @@ class PathAttention(Mixer):
     @torch.no_grad()
     def init_from(self, view: AttentionView, gqa: GroupedHeads = "heads") -> Report:
         """Copy everything that the attention has; paths start random in direction and short in effect."""
-        if gqa != "heads":
-            raise ModelError("surgery.gqa: 'rows' is a control for mixers that expand grouped heads; path keeps them grouped: leave `gqa` out")
-        copied = copy_linear(self.q_proj, view.q_weight_QD, view.q_bias, "q_proj")
-        copied += copy_linear(self.k_proj, view.k_weight_KD, view.k_bias, "k_proj")
-        copied += copy_linear(self.v_proj, view.v_weight_KD, view.v_bias, "v_proj")
-        copied += copy_linear(self.o_proj, view.o_weight_DQ, view.o_bias, "o_proj")
-        if self.facts.norm_type is not None:
-            assert view.q_norm is not None and view.k_norm is not None
-            for mine, theirs, name in ((self.q_norm, view.q_norm, "q_norm"), (self.k_norm, view.k_norm, "k_norm")):
-                mine.load_state_dict(theirs.state_dict())
-                copied += [f"{name}.{key}" for key in theirs.state_dict()]
+        copied = self.copy_attention(view, gqa)
         self.w_down.reset_parameters()
         self.w_up.reset_parameters()
         if self.options.short_conv:
@@ -72,10 +55,6 @@ class PathAttention(Mixer):
         self.b_proj.bias.fill_(float(torch.tensor(self.options.beta_init / 2, dtype=torch.float64).logit()))
         known = set(copied)
         return Report(copied, [name for name, _ in self.named_parameters() if name not in known])
-
-    def cache_layer(self) -> MixerState:
-        """Keys carried on to the last token, values and positions, all ``[B, S, ...]``, and the convolution's last inputs."""
-        return MixerState()
 
     def state_bytes(self, context: int, dtype_bytes: int = 2) -> int:
         """Grows with the context, as a KV cache does; keys are fp32."""
@@ -87,9 +66,8 @@ class PathAttention(Mixer):
         """Projections, scores and sums over the context, and the keys' step along the path."""
         facts, options = self.facts, self.options
         kv_width, rank = facts.num_kv_heads * facts.head_dim, options.path_rank
-        columns = facts.head_dim * (2 * facts.num_heads + 2 * facts.num_kv_heads) + rank + facts.num_kv_heads
-        flops = 2 * facts.hidden_size * columns + 2 * rank * kv_width + 2 * kv_width * options.short_conv
-        return flops + 4 * (facts.num_heads * facts.head_dim + kv_width) * context
+        path = 2 * facts.hidden_size * (rank + facts.num_kv_heads) + 2 * rank * kv_width + 2 * kv_width * options.short_conv
+        return self.projection_flops() + path + 4 * (facts.num_heads * facts.head_dim + kv_width) * context
 
     def forward(
         self,
@@ -104,9 +82,7 @@ class PathAttention(Mixer):
         """``[B, T, D]`` to the same; see :meth:`Mixer.forward`."""
         facts = self.facts
         held: MixerState | None = mixer_state(past_key_values, self.layer_index)
-        q, k, v = (p(hidden_states).unflatten(-1, (-1, facts.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if facts.norm_type is not None:
-            q, k = facts.normalise(self.q_norm, q), facts.normalise(self.k_norm, k)
+        q, k, v = self.projected(hidden_states)
         if self.options.rope:
             q, k = self.rotate(q, k, position_embeddings)
         past = _past(held, k)

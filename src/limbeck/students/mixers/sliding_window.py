@@ -13,18 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig
+from torch import Tensor
+from transformers import Cache
 
 from limbeck.config.parts.mixers import SlidingWindowOptions
-from limbeck.errors import ModelError
 from limbeck.models.state import MixerState, mixer_state
-from limbeck.models.structure import AttentionFacts, AttentionView, Rotary
-from limbeck.students.mixers.base import GroupedHeads, Mixer, Report, compute_dtype, copy_linear, places
+from limbeck.models.structure import AttentionView, Rotary
+from limbeck.students.mixers.base import GroupedHeads, Report, compute_dtype, places
+from limbeck.students.mixers.grouped import POSITION_BYTES, GroupedMixer
 
 MIN_BLOCK = 128
 """Queries a block, at least: below this the matrix products are too small to pay for the loop."""
-POSITION_BYTES = 4
 
 
 class _Keys(NamedTuple):
@@ -36,20 +35,10 @@ class _Keys(NamedTuple):
     document: Tensor
 
 
-class SlidingWindow(Mixer):
+class SlidingWindow(GroupedMixer):
     """Windowed softmax attention with sinks."""
 
-    def __init__(self, options: SlidingWindowOptions, facts: AttentionFacts, config: PreTrainedConfig, layer_index: int):
-        super().__init__(options, facts, config, layer_index)
-        self.options: SlidingWindowOptions = options
-        width, kv_width = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
-        self.q_proj = nn.Linear(facts.hidden_size, width, bias=facts.q_bias)
-        self.k_proj = nn.Linear(facts.hidden_size, kv_width, bias=facts.k_bias)
-        self.v_proj = nn.Linear(facts.hidden_size, kv_width, bias=facts.v_bias)
-        self.o_proj = nn.Linear(width, facts.hidden_size, bias=facts.o_bias)
-        norms = facts.new_norms()
-        if norms is not None:
-            self.q_norm, self.k_norm = norms
+    options: SlidingWindowOptions
 
     @property
     def window(self) -> int:
@@ -63,22 +52,7 @@ class SlidingWindow(Mixer):
 
     def init_from(self, view: AttentionView, gqa: GroupedHeads = "heads") -> Report:
         """Copy everything."""
-        if gqa != "heads":
-            raise ModelError("surgery.gqa: 'rows' is a control for mixers that expand grouped heads; swa keeps them grouped: leave `gqa` out")
-        copied = copy_linear(self.q_proj, view.q_weight_QD, view.q_bias, "q_proj")
-        copied += copy_linear(self.k_proj, view.k_weight_KD, view.k_bias, "k_proj")
-        copied += copy_linear(self.v_proj, view.v_weight_KD, view.v_bias, "v_proj")
-        copied += copy_linear(self.o_proj, view.o_weight_DQ, view.o_bias, "o_proj")
-        if self.facts.norm_type is not None:
-            assert view.q_norm is not None and view.k_norm is not None
-            for mine, theirs, name in ((self.q_norm, view.q_norm, "q_norm"), (self.k_norm, view.k_norm, "k_norm")):
-                mine.load_state_dict(theirs.state_dict())
-                copied += [f"{name}.{key}" for key in theirs.state_dict()]
-        return Report(copied, [])
-
-    def cache_layer(self) -> MixerState:
-        """Keys, values and positions of the tokens that can still be seen."""
-        return MixerState()
+        return Report(self.copy_attention(view, gqa), [])
 
     def state_bytes(self, context: int, dtype_bytes: int = 2) -> int:
         """Keys, values and positions, up to window and sinks."""
@@ -87,9 +61,7 @@ class SlidingWindow(Mixer):
 
     def num_flops_per_token(self, context: int) -> int:
         """Projections, and scores and sums over what is visible."""
-        facts = self.facts
-        columns = facts.head_dim * (2 * facts.num_heads + 2 * facts.num_kv_heads)
-        return 2 * facts.hidden_size * columns + 4 * facts.num_heads * facts.head_dim * min(context, self.capacity + 1)
+        return self.projection_flops() + 4 * self.facts.num_heads * self.facts.head_dim * min(context, self.capacity + 1)
 
     def forward(
         self,
@@ -103,9 +75,7 @@ class SlidingWindow(Mixer):
     ) -> tuple[Tensor, None]:
         """``[B, T, D]`` to the same; see :meth:`Mixer.forward`."""
         held: MixerState | None = mixer_state(past_key_values, self.layer_index)
-        q, k, v = (p(hidden_states).unflatten(-1, (-1, self.facts.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.facts.norm_type is not None:
-            q, k = self.facts.normalise(self.q_norm, q), self.facts.normalise(self.k_norm, k)
+        q, k, v = self.projected(hidden_states)
         q, k = self.rotate(q, k, position_embeddings)
         past = self._past(held, k, v)
         position, document = places(q, None if past is None else past.position, documents_BT, padding_mask)

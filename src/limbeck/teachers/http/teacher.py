@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ import torch
 from limbeck.config.parts.teachers import HttpTeacherOptions
 from limbeck.errors import TeacherError
 from limbeck.needs import Need, TopK
-from limbeck.teachers.documents import Ask, Place, asks_of, assemble
+from limbeck.teachers.documents import Ask, PendingAnswers, asks_of, assemble
 from limbeck.teachers.http.faults import Backoff
 from limbeck.teachers.http.launch import Launched, launch
-from limbeck.teachers.http.pipeline import Answers, Pipeline, Question, Settings, percentile
+from limbeck.teachers.http.pipeline import Answers, Pipeline, Settings, percentile
 from limbeck.teachers.http.probe import Canary, Findings, canary_digest, explore, preflight
 from limbeck.teachers.http.protocols import protocol_of
 from limbeck.teachers.http.transport import address
@@ -110,19 +111,24 @@ class HttpTeacher:
         """A served teacher does not stream; its options say so before anything is loaded."""
         raise TypeError("teacher 'http' does not stream attention: use teacher 'self'")
 
-    def submit(self, batch: Batch, needs: Mapping[type[Need], Need]) -> PendingRows:
+    @property
+    def missing(self) -> str:
+        """What becomes of documents that were not answered (:func:`~limbeck.teachers.documents.assemble`)."""
+        return "skip" if self.options.on_failure == "skip" else "ce_only"
+
+    def submit(self, batch: Batch, needs: Mapping[type[Need], Need]) -> PendingAnswers:
         """Send the questions of one micro-batch; returns at once."""
-        need = needs.get(TopK)
-        if not isinstance(need, TopK):
-            return PendingRows(batch, [], [], None, None, "")
+        need = needs[TopK]
+        assert isinstance(need, TopK)
         need = self._answerable(need)
-        asks, places = asks_of(batch)
+        asks, starts = asks_of(batch)
         question = self.pipeline.question(asks, need)
         self._submitted += 1
         every = self.options.canary_every
         if every and self._canary is not None and self._submitted % every == 0:
             self.pipeline.spawn(self._canary.sing())
-        return PendingRows(batch, asks, places, need, question, self.options.on_failure)
+        finish = partial(assemble, batch, asks, starts, temperatures=need.temperatures, missing=self.missing)
+        return PendingAnswers(question.wait, finish)
 
     def ask(self, asks: Sequence[Ask], need: TopK, *, alone: bool = False) -> Answers:
         """Answers to documents, in order; None for those that `skip` or `ce_only` left out.
@@ -196,29 +202,3 @@ class HttpTeacher:
         if not token:
             raise TeacherError(f"teacher.token_env: the environment variable {name} is not set; it must hold the teacher's token")
         return token
-
-
-class PendingRows:
-    """One micro-batch's answer on its way (:class:`~limbeck.types.Pending`)."""
-
-    def __init__(
-        self, batch: Batch, asks: list[Ask], places: list[Place], need: TopK | None, question: Question | None, on_failure: str
-    ):
-        self._batch, self._asks, self._places = batch, asks, places
-        self._need, self._question, self._on_failure = need, question, on_failure
-        self._result: tuple[Batch, Signal] | None = (batch, Signal()) if question is None else None
-
-    def done(self) -> bool:
-        """Whether :meth:`result` would return at once."""
-        return self._question is None or self._question.done()
-
-    def result(self, timeout: float | None = None) -> tuple[Batch, Signal]:
-        """Batch and signal.  Raises :class:`~limbeck.errors.TeacherError`, and ``TimeoutError`` after ``timeout`` seconds."""
-        if self._result is None:
-            assert self._question is not None and self._need is not None
-            answers = self._question.wait(timeout)
-            missing = "skip" if self._on_failure == "skip" else "ce_only"
-            batch, rows = assemble(self._batch, self._asks, self._places, answers, self._need.temperatures, missing=missing)
-            self._result = batch, Signal({TopK: rows.to(batch.input_ids_BT.device)})
-            self._question = None
-        return self._result
