@@ -65,14 +65,15 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The repository's commit, with ``+changes`` when tracked files differ from it; ``unknown`` outside a repository."""
+    """The repository's commit, with ``+changes`` when tracked files other than results differ from it; ``unknown`` outside a repository."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)*/results.json")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         print("{name}: {measured} ({bound}) {holds}".format(**line))
     folder = options.out or (None if options.quick else Path(__file__).parent)
     if folder:
-        command = "python -m benchmarks.fused_loss.run" + (" --quick" if options.quick else "")
+        command = f"python -m benchmarks.fused_loss.run --threads {options.threads}" + (" --quick" if options.quick else "")
         claim = "The fused top-k divergence needs a tenth of the memory of TRL's GKD loss and no more time than dense code"
         rows = [{**row, **shape, "threads": options.threads, "peers": installed()} for row in rows]
         write_results(folder, claim, command, [0], rows, criteria)
