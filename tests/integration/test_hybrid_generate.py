@@ -1,7 +1,11 @@
-"""Hybrids generate: with a cache as without, padded, in beams, chunk by chunk, and after save and load."""
+"""Hybrids with every registered mixer generate: with a cache as without, padded, in beams, chunk by chunk, and in a fresh process."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import tiny_model, tokens
+from limbeck.config.parts.mixers import MIXERS as REGISTRY
 from limbeck.config.parts.surgeries import HybridizeOptions
 from limbeck.models.limbeck_model import wrap_student
 from limbeck.models.loading import load_model, save_model
 
-MIXERS: dict[str, dict[str, Any]] = {
-    "no-convolution": {"kind": "gated_deltanet"},
-    "convolution": {"kind": "gated_deltanet", "preset": "native"},
-    "swa": {"kind": "swa", "window": 6, "sinks": 2},
-}
+NARROW: dict[str, dict[str, Any]] = {"swa": {"window": 6, "sinks": 2}}
+"""Where the defaults would see all of a short test."""
+MIXERS: dict[str, dict[str, Any]] = {kind: {"kind": kind, **NARROW.get(kind, {})} for kind in REGISTRY}
+MIXERS["convolution"] = {"kind": "gated_deltanet", "preset": "native"}
 KEPT: dict[str, tuple[int, ...]] = {"mixed": (1,), "all-linear": ()}
 every_student = pytest.mark.parametrize(("mixer", "kept"), [(m, k) for m in MIXERS for k in KEPT])
 
@@ -34,7 +38,7 @@ def _student(mixer: str, kept: str, family: str = "qwen3", dtype: torch.dtype = 
     return student
 
 
-@every_student
+@pytest.mark.parametrize(("mixer", "kept"), [*((mixer, "all-linear") for mixer in MIXERS), ("convolution", "mixed"), ("swa", "mixed")])
 def test_200_greedy_tokens_with_a_cache_equal_those_without(mixer: str, kept: str) -> None:
     student, ids = _student(mixer, kept), tokens(1, 9)
     options: dict[str, Any] = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None}
@@ -75,11 +79,40 @@ def test_teacher_forced_decoding_in_float32_is_near_one_pass(mixer: str, kept: s
         torch.testing.assert_close(torch.cat(stepped, 1), student(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
+FRESH = """
+import json, sys, torch, limbeck
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+made = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    ids = torch.tensor(json.loads(sys.argv[2]))
+    made[folder.name] = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None).tolist()
+print(json.dumps(made))
+"""
+
+
+def test_every_saved_hybrid_generates_the_same_in_a_fresh_process(tmp_path: Path) -> None:
+    """Through the Auto class after ``import limbeck``: one process for all mixers, with no layer kept."""
+    ids, expected = tokens(2, 9), {}
+    for mixer in MIXERS:
+        student = _student(mixer, "all-linear")
+        save_model(student, tmp_path / mixer)
+        expected[mixer] = student.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None).tolist()
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path), json.dumps(ids.tolist())],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == expected and len(found) == len(MIXERS)
+
+
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "phi3"])
 @pytest.mark.parametrize("kept", KEPT)
 def test_a_saved_hybrid_generates_the_same(family: str, kept: str, tmp_path: Path) -> None:
     """Through the Auto class, with sdpa; sampling options and stop ids travel in the generation config."""
-    student, ids = _student("no-convolution", kept, family), tokens(2, 9)
+    student, ids = _student("gated_deltanet", kept, family), tokens(2, 9)
     student.generation_config.eos_token_id = [2, 5]
     student.generation_config.pad_token_id = 0
     save_model(student, tmp_path / "student")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from limbeck.ops.channel_decay import decayed_scores
-from limbeck.ops.delta_rule import gated_delta_rule
-from limbeck.ops.kda import kimi_delta_rule, kimi_delta_rule_reference, kimi_delta_rule_step
+from limbeck.ops.delta_rule import gated_delta_rule, gated_delta_rule_reference, gated_delta_rule_step
+from limbeck.ops.kda import kimi_delta_rule
 from limbeck.ops.linear_attention import linear_attention, linear_attention_reference, linear_attention_step
 from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, numbered, results, separately
 
@@ -39,7 +39,7 @@ class Rule(NamedTuple):
 RULES = {
     "heads": Rule(linear_attention, linear_attention_reference, linear_attention_step, False, False),
     "channels": Rule(linear_attention, linear_attention_reference, linear_attention_step, True, False),
-    "kda": Rule(kimi_delta_rule, kimi_delta_rule_reference, kimi_delta_rule_step, True, True),
+    "kda": Rule(kimi_delta_rule, gated_delta_rule_reference, gated_delta_rule_step, True, True),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 

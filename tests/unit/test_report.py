@@ -16,6 +16,7 @@ from limbeck.evaluation.table import comparison_rows, size
 from limbeck.report.card import model_card
 from limbeck.report.curves import thin, training_figures
 from limbeck.report.html import write_report
+from limbeck.report.ranking import importance_series, ranking_panel
 from limbeck.report.run import read_run
 from limbeck.report.svg import Series, line_chart, linear_ticks, log_ticks
 
@@ -138,6 +139,90 @@ def test_page_says_what_became_what_and_what_it_costs(run_dir: Path) -> None:
         "torch",
     ):
         assert words in text, words
+
+
+def ranking() -> dict:
+    """Four layers, three methods, as `rank_layers` writes them; the chosen one distilled two of them and has no importances."""
+
+    def score(text: float, recall: float) -> dict:
+        return {"text": text, "agreement": 0.8, "recall": recall, "accuracy": 0.5, "probes": {}}
+
+    def row(layers: list[int], value: float) -> dict:
+        return {"layers": layers, "score": value, "kl": value / 2, "agreement": 0.75, "recall_kl": 1.5 * value, "recall": 0.5, "probes": {}}
+
+    def tokens(trained: int, scored: int) -> dict:
+        return {"teacher": 0, "trained": trained, "scored": scored, "all": trained + scored}
+
+    worth = {"0": 0.5, "1": -0.1, "2": 2.0, "3": 1.0}
+    methods = {
+        "greedy": {"order": [2, 0, 1, 3], "tokens": tokens(0, 4000), "keep": [0, 2]},
+        "restore_one": {
+            "order": [2, 3, 0, 1], "importance": worth, "scores": {i: score(0.3, 4 - w) for i, w in worth.items()},
+            "tokens": tokens(0, 2000), "keep": [2, 3],
+        },
+        "ga_s2": {
+            "order": [3, 2, 0, 1], "scores": {"3": [score(9, 9), score(0.1, 0.3)], "2": [score(9, 9), score(0.4, 0.8)]},
+            "tokens": tokens(30000, 5000), "full_tokens": tokens(60000, 10000), "keep": [2, 3],
+        },
+    }  # fmt: skip
+    sets = [("greedy", [0, 2], 0.25), ("ga_s2", [2, 3], 0.5), ("restore_one", [2, 3], 0.5), ("uniform", [1, 3], 1.0)]
+    return {
+        "method": "ga_s2", "keep": [2, 3], "num_layers": 4, "methods": methods,
+        "sets": [{"name": name, **row(*rest)} for name, *rest in (*sets, ("random 1", [0, 1], 3.0), ("random 2", [0, 3], 1.0))],
+        "random_mean": {"score": 2.0, "kl": 1.0, "recall_kl": 3.0, "recall": 0.25}, "sets_measured": "distil",
+        "spearman": {"greedy, restore_one": 0.4, "greedy, ga_s2": -0.2, "restore_one, ga_s2": 0.8}, "recall_weight": 0.5,
+        "oracle": {**row([0, 2], 0.25), "sets": [row([0, 2], 0.25)] * 6},
+        "tokens": {"teacher": 100, "ranking": 39000, "sets": 900, "all": 40000},
+    }  # fmt: skip
+
+
+def cells(text: str) -> list[list[str]]:
+    """The words of every row of every table."""
+    rows = re.findall(r"<tr>(.*?)</tr>", text)
+    return [[re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)] for row in rows]
+
+
+def test_a_ranking_shows_places_sets_correlations_and_cost(run_dir: Path) -> None:
+    (run_dir / "align" / "ranking").mkdir()
+    (run_dir / "align" / "ranking" / "ranking.json").write_text(json.dumps(ranking()), encoding="utf-8")
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    Checker().feed(text)
+    assert "Layer ranking: align" in text and "Softmax stays in layers 2, 3 of 4, by ga_s2" in text
+    assert "after a short distillation" in text and "best of all 6 sets" in text
+    rows = cells(text)
+    assert ["restore_one", "3", "4", "1", "2"] in rows and ["ga_s2 (chosen)", "3", "4", "2", "1"] in rows
+    assert text.count("<td class=kept") == 6
+    found = [row[:3] + row[-1:] for row in rows if len(row) == 8 and row[0] != "set"]
+    assert found == [
+        ["greedy, oracle", "0 2", "0.25", "+0.0%"],
+        ["ga_s2, restore_one (chosen)", "2 3", "0.5", "+100.0%"],
+        ["uniform", "1 3", "1", "+300.0%"],
+        ["random 2", "0 3", "1", "+300.0%"],
+        ["mean of 2 random sets", "–", "2", "+700.0%"],
+        ["random 1", "0 1", "3", "+1100.0%"],
+    ]
+    assert ["greedy", "", "+0.40", "-0.20"] in rows and ["ga_s2", "-0.20", "+0.80", ""] in rows
+    assert ["ga_s2", "0", "30k", "5k", "35k", "70k"] in rows and ["greedy", "0", "0", "4k", "4k", "–"] in rows
+    assert "This stage: 40k, of which 39k for rankings" in text
+    assert ["layer 3", "0.3", "3", "0.1", "0.3"] in rows and ["layer 0", "0.3", "3.5", "–", "–"] in rows
+
+
+def test_importance_is_a_share_of_the_best_layer_and_needs_numbers() -> None:
+    lines = {one.name: one.points for one in importance_series(ranking())}
+    assert set(lines) == {"restore_one", "ga_s2"}, "greedy only puts layers in order"
+    assert lines["restore_one"] == [(0, 0.25), (1, -0.05), (2, 1), (3, 0.5)]
+    assert lines["ga_s2"] == [(2, 0), (3, 1)], "counted from the worst candidate, at the end of training"
+
+
+def test_a_ranking_without_oracle_or_a_second_method_leaves_them_out() -> None:
+    found = ranking()
+    found["methods"], found["method"] = {"greedy": found["methods"]["greedy"]}, f"greedy{NASTY}"
+    found["spearman"] = {}
+    del found["oracle"]
+    panel = ranking_panel(found)
+    assert importance_series(found) == [] and "<script" not in panel
+    for word in ("oracle", "Spearman", "Scores by layer", "every candidate"):
+        assert word not in panel, word
 
 
 def test_half_a_run_has_a_page_too(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def _try_teacher(settings: dict[str, Any]) -> None:
 def _torch_lines() -> list[str]:
     import torch
 
+    from limbeck.ops.backends import describe
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     asked = os.environ.get("OMP_NUM_THREADS", "not set")
     _line("threads", f"{torch.get_num_threads()} of {cores} cores (OMP_NUM_THREADS={asked})")
@@ -103,6 +105,7 @@ def _torch_lines() -> list[str]:
             _line(f"cuda:{i}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, capability {card.major}.{card.minor}")
     else:
         _line("cuda", "none: everything runs on the CPU")
+    _line("linear attention", describe())
     rates = {dtype: _matmul_rate(torch, dtype) for dtype in (torch.float32, torch.bfloat16)}
     ratio = rates[torch.bfloat16] / rates[torch.float32]
     hint = "keep loop.precision: bfloat16" if ratio >= 1 else "set loop.precision: float32, bfloat16 is slower here"

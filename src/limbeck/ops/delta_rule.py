@@ -18,11 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from limbeck.ops.backends import with_fla
 from limbeck.ops.chunked_delta_rule import Gates, chunked_delta_rule
 from limbeck.ops.chunks import chunk_size, token_by_token
 from limbeck.ops.packing import document_segments
 
 
+@with_fla
 def gated_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -57,17 +59,21 @@ def gated_delta_rule_step(
     q_BHK: Tensor,
     k_BHK: Tensor,
     v_BHV: Tensor,
-    g_BH: Tensor,
+    g: Tensor,
     beta_BH: Tensor,
     state_BHKV: Tensor,
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: ``(o_BHV, new_state_BHKV)``, computed in the state's dtype; the output has the dtype of ``v``."""
+    """One token: ``(o_BHV, new_state_BHKV)``, computed in the state's dtype; the output has the dtype of ``v``.
+
+    ``g`` is one log decay a head, ``[B, H]``, or one a key channel, ``[B, H, K]``, which is :mod:`limbeck.ops.kda`'s rule.
+    """
     scale = k_BHK.shape[-1] ** -0.5 if scale is None else scale
     dtype = state_BHKV.dtype
-    q_BHK, k_BHK, v, g_BH, beta_BH = (x.to(dtype) for x in (q_BHK, k_BHK, v_BHV, g_BH, beta_BH))
-    state_BHKV = state_BHKV * g_BH.exp()[..., None, None]
+    q_BHK, k_BHK, v, g, beta_BH = (x.to(dtype) for x in (q_BHK, k_BHK, v_BHV, g, beta_BH))
+    decay = g.exp()[..., None]
+    state_BHKV = state_BHKV * (decay if g.ndim == k_BHK.ndim else decay[..., None])
     error_BHV = (v - (state_BHKV * k_BHK[..., None]).sum(-2)) * beta_BH[..., None]
     state_BHKV = state_BHKV + k_BHK[..., None] * error_BHV[..., None, :]
     o_BHV = (state_BHKV * q_BHK[..., None]).sum(-2) * scale
@@ -78,14 +84,15 @@ def gated_delta_rule_reference(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTHV: Tensor,
-    g_BTH: Tensor,
+    g: Tensor,
     beta_BTH: Tensor,
     *,
     documents_BT: Tensor | None = None,
     initial_state_BHKV: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token, in the inputs' own dtype: what :func:`gated_delta_rule` is compared to."""
+    """The recurrence, token by token, in the inputs' own dtype: what :func:`gated_delta_rule` and, with ``g`` ``[B, T, H, K]``,
+    :func:`~limbeck.ops.kda.kimi_delta_rule` are compared to."""
 
     def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return gated_delta_rule_step(*inputs, scale=scale)
@@ -93,4 +100,4 @@ def gated_delta_rule_reference(
     state = initial_state_BHKV
     if state is None:
         state = v_BTHV.new_zeros(k_BTHK.shape[0], *k_BTHK.shape[2:], v_BTHV.shape[-1])
-    return token_by_token(step, (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH), state, documents_BT)
+    return token_by_token(step, (q_BTHK, k_BTHK, v_BTHV, g, beta_BTH), state, documents_BT)

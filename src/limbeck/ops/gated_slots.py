@@ -14,12 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from limbeck.ops.backends import with_fla
 from limbeck.ops.channel_decay import common_dtype
 from limbeck.ops.chunks import FLOOR, chunk_masks, chunk_size, to_chunks, to_tokens, token_by_token
 from limbeck.ops.linear_attention import linear_attention
 from limbeck.ops.packing import document_segments
 
 
+@with_fla
 def gated_slot_attention(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

@@ -3,7 +3,8 @@
     S <- diag(e^g) S ;   S <- S + k (beta (v - S^T k))^T ;   o = scale * S^T q
 
 With one decay in all channels it is the gated delta rule, :mod:`limbeck.ops.delta_rule`, whose words on key length, packing and padding
-hold here too.  In a chunk with entering state ``S`` the corrections ``v~_i = beta_i (v_i - S_i^T k_i)`` solve
+hold here too, and whose single step and naive recurrence take a decay for every channel as well.  In a chunk with entering state ``S``
+the corrections ``v~_i = beta_i (v_i - S_i^T k_i)`` solve
 
     (I + A) v~ = beta v - (beta e^G k) S          A_ij = beta_i sum_c k_ic k_jc e^(G_ic - G_jc),  j < i
     o          = scale (e^G q) S + P v~           P_ij = scale sum_c q_ic k_jc e^(G_ic - G_jc),  j <= i
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from limbeck.ops.backends import with_fla
 from limbeck.ops.channel_decay import chunked_rows, common_dtype
 from limbeck.ops.chunked_delta_rule import unit_lower_inverse
-from limbeck.ops.chunks import chunk_size, to_chunks, to_tokens, token_by_token
+from limbeck.ops.chunks import chunk_size, to_chunks, to_tokens
 
 
+@with_fla
 def kimi_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -80,44 +83,3 @@ class _UnitLowerInverse(torch.autograd.Function):
     def backward(ctx: Any, dinverse: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         return (inverse.mT @ dinverse @ inverse.mT).tril(-1)
-
-
-def kimi_delta_rule_step(
-    q_BHK: Tensor,
-    k_BHK: Tensor,
-    v_BHV: Tensor,
-    g_BHK: Tensor,
-    beta_BH: Tensor,
-    state_BHKV: Tensor,
-    *,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One token: ``(o_BHV, new_state_BHKV)``, computed in the state's dtype; the output has the dtype of ``v``."""
-    scale = k_BHK.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v, g, beta = (x.to(state_BHKV.dtype) for x in (q_BHK, k_BHK, v_BHV, g_BHK, beta_BH))
-    state_BHKV = state_BHKV * g.exp()[..., None]
-    error_BHV = (v - (state_BHKV * k[..., None]).sum(-2)) * beta[..., None]
-    state_BHKV = state_BHKV + k[..., None] * error_BHV[..., None, :]
-    return ((state_BHKV * q[..., None]).sum(-2) * scale).to(v_BHV.dtype), state_BHKV
-
-
-def kimi_delta_rule_reference(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g_BTHK: Tensor,
-    beta_BTH: Tensor,
-    *,
-    documents_BT: Tensor | None = None,
-    initial_state_BHKV: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token, in the inputs' own dtype: what :func:`kimi_delta_rule` is compared to."""
-
-    def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return kimi_delta_rule_step(*inputs, scale=scale)
-
-    state = initial_state_BHKV
-    if state is None:
-        state = v_BTHV.new_zeros(k_BTHK.shape[0], *k_BTHK.shape[2:], v_BTHV.shape[-1])
-    return token_by_token(step, (q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH), state, documents_BT)

@@ -18,10 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from limbeck.ops.backends import with_fla
 from limbeck.ops.channel_decay import chunked_rows, common_dtype
 from limbeck.ops.chunks import chunk_size, to_chunks, to_tokens, token_by_token
 
 
+@with_fla
 def linear_attention(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

@@ -14,6 +14,7 @@ from limbeck.evaluation.table import comparison_rows, contexts, recall_at, recal
 from limbeck.evaluation.table import count as quantity
 from limbeck.evaluation.table import tokens as token_count
 from limbeck.report.curves import training_figures
+from limbeck.report.ranking import importance_series, ranking_panel
 from limbeck.report.run import Run, Stage, became, key_numbers, read_run
 from limbeck.report.style import STYLE
 from limbeck.report.svg import Series, legend, line_chart, number
@@ -42,6 +43,8 @@ def page(run: Run) -> str:
         if stage.evaluation:
             body.append(_evaluation(stage))
     for stage in run.stages:
+        if stage.ranking:
+            body.append(_ranking(stage.name, stage.ranking))
         if stage.metrics:
             facts = f"{quantity(stage.tokens)} tokens, {_duration(stage.record.get('seconds'))}"
             body.append(f"<h2>Training: {escape(stage.name)}</h2><p class='note'>{facts}</p>{_figures(training_figures(stage))}")
@@ -154,6 +157,19 @@ def _evaluation_figures(stage: Stage) -> list[tuple[str, str, str]]:
         note = "16-bit keys and values, log scale" if log else "tokens a second, one sequence"
         figures.append((title, note, chart + legend(series)))
     return figures
+
+
+def _ranking(name: str, ranking: dict[str, Any]) -> str:
+    series = importance_series(ranking)
+    figures = []
+    if series:
+        layers = range(ranking["num_layers"])
+        ticks = [float(layer) for layer in layers if layer % math.ceil(len(layers) / 12) == 0]
+        chart = line_chart(
+            series, width=2 * WIDE, x_label="layer", y_label="importance", x_ticks=ticks, y_format=lambda y: f"{100 * y:.0f}%"
+        )
+        figures.append(("Importance", "share of the method's most important layer", chart + legend(series)))
+    return f"<h2>Layer ranking: {escape(name)}</h2>{_figures(figures, 'figures one')}{ranking_panel(ranking)}"
 
 
 def _binary_ticks(values: list[float]) -> list[float]:

@@ -15,13 +15,14 @@ from limbeck.evaluation.table import tokens as token_count
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its ``stage.json``, its metrics, and its evaluation or grid if it has one."""
+    """One stage: its ``stage.json``, its metrics, and its evaluation, ranking or grid if it has one."""
 
     name: str
     record: dict[str, Any]
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     grid: list[dict[str, Any]] | None = None
+    ranking: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -75,6 +76,7 @@ def read_run(path: Path) -> Run:
                     read_metrics(folder / "metrics.jsonl"),
                     _json(folder / "evaluation" / "evaluation.json"),
                     _json(folder / "grid.json"),
+                    _json(folder / "ranking" / "ranking.json"),
                 )
             )
     return Run(path, recipe, _json(path / "environment.json") or {}, stages)

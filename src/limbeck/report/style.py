@@ -50,6 +50,12 @@ tr.group td { color: var(--soft); font-size: 12.5px; padding-top: 14px; border-b
 td.best { font-weight: 700; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 18px; align-items: start; }
 .figures.two { grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); }
+.figures.one { grid-template-columns: 1fr; }
+.ranks td { text-align: center; padding: 4px 6px; background: color-mix(in srgb, var(--student) var(--share, 0%), transparent);
+    border: 2px solid var(--paper); }
+.ranks td:first-child { background: none; padding-left: 0; text-align: left; white-space: nowrap; }
+.ranks th { text-align: center; padding: 4px 6px; } .ranks th:first-child { text-align: left; padding-left: 0; }
+.ranks td.kept { outline: 2px solid var(--ink); outline-offset: -3px; font-weight: 700; }
 @media (max-width: 480px) { .figures, .figures.two { grid-template-columns: 1fr; } }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 13px 14px 8px;
     break-inside: avoid; }

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.config.parts.mixers import KimiDeltaAttentionOptions
-from limbeck.ops.kda import kimi_delta_rule, kimi_delta_rule_step
+from limbeck.ops.delta_rule import gated_delta_rule_step
+from limbeck.ops.kda import kimi_delta_rule
 from limbeck.students.mixers.base import compute_dtype
 from limbeck.students.mixers.gated_deltanet import DeltaRuleMixer
 from limbeck.students.mixers.linear import UP_STD, inverse_softplus, log_uniform_rates
@@ -56,4 +57,4 @@ class KimiDeltaAttention(DeltaRuleMixer):
 
     def _step(self, *inputs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v, g, beta, state = inputs
-        return kimi_delta_rule_step(q, k, v, g, beta, state, scale=scale)
+        return gated_delta_rule_step(q, k, v, g, beta, state, scale=scale)
