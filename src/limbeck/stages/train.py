@@ -19,6 +19,7 @@ from limbeck.errors import RunError
 from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import check_vocabulary, shared_ids
 from limbeck.needs import AttentionStream, merge_needs
+from limbeck.stages.calibrating import calibrate
 from limbeck.stages.context import StageContext
 from limbeck.stages.folder import digest
 from limbeck.stages.teaching import build_teacher, check_teacher_vocabulary, tell_domains
@@ -72,6 +73,7 @@ class TrainStage:
                 teacher.num_ids = student.num_ids = shared_ids(tokenizer, student.model, teacher.module)
             for line in getattr(teacher, "summary", ()):
                 context.say(f"  {line}")
+            calibrate(context, student, teacher, rows)
         step = self._step(student, teacher)
         groups = parameter_groups(student, options.optim.groups)
 

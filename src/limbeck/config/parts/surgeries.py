@@ -22,6 +22,9 @@ class HybridizeOptions(Part):
     """What replaces attention."""
     keep: tuple[int, ...] | Literal["all"] = ()
     """Layers (from 0) that stay softmax; negative numbers count from the end."""
+    calibration_rows: int = Field(0, ge=0)
+    """Rows of the training text on which fresh mixers are fitted to the attention before the first step of a stage with
+    `teacher: self`: forget rates to how far each head looks back, and the scale of each head.  0 leaves the neutral start."""
     gqa: Literal["heads", "rows"] = "heads"
     """How grouped key/value weights are expanded to one head a query head.  `rows` repeats weight rows as the reference
     repository did, which scrambles every head: it exists as a control for experiments."""

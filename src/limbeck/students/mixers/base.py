@@ -6,6 +6,7 @@ its parameters and persistent buffers: a student is built on meta and filled fro
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -30,6 +31,25 @@ class Report:
 
     copied: list[str]
     fresh: list[str]
+
+
+RATES = (1e-4, 0.45)
+"""Forget rates a token that a measured distance may set: every mixer with a forget gate can have them."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a few rows of text say of one layer's attention, fp64."""
+
+    distance_H: Tensor
+    """Mean distance in tokens that a head looks back."""
+    entropy_H: Tensor
+    """Mean entropy of a head's weights over the largest possible: 0 for one key, 1 for an even mean."""
+
+    @property
+    def rates_H(self) -> Tensor:
+        """Forget rates a token of memories that have half their weight within the distance (Taylor-Calibrate, arXiv 2606.16429)."""
+        return (math.log(2) / self.distance_H.clamp_min(1e-12)).clamp(*RATES)
 
 
 class Mixer(nn.Module, ABC):
@@ -66,6 +86,25 @@ class Mixer(nn.Module, ABC):
         ``padding_mask`` ``[B, T]`` is True at real tokens of a padded batch.  ``attention_mask``, made for softmax attention, is not
         read.  With a cache the call continues from, and updates, the layer's own state.
         """
+
+    def calibrate(self, measured: Measured) -> list[str]:
+        """Set what the attention's own weights tell, and return the names of the tensors that were set.  Setting it twice changes
+        nothing."""
+        return []
+
+    @property
+    def read_out(self) -> nn.Linear | None:
+        """The output projection, if its input is heads side by side whose scale is the mixer's own and not the attention's."""
+        return None
+
+    @torch.no_grad()
+    def scale_heads(self, gain_H: Tensor) -> list[str]:
+        """Multiply what every head adds to the output; returns the names of the tensors that were changed."""
+        if self.read_out is None:
+            return []
+        weight_DQ = self.read_out.weight
+        weight_DQ.mul_(gain_H.repeat_interleave(self.facts.head_dim).to(weight_DQ))
+        return ["o_proj.weight"]
 
     @abstractmethod
     def cache_layer(self) -> CacheLayerMixin:

@@ -107,7 +107,13 @@ class GatedDeltaNet(DeltaRuleMixer):
         if self.options.decay == "learned":
             nn.init.zeros_(self.a_proj.weight)
             nn.init.zeros_(self.A_log)
-            self.dt_bias.copy_(inverse_softplus(log_uniform_rates(self.options.decay_init, self.facts.num_heads)))
+            self._set_rates(log_uniform_rates(self.options.decay_init, self.facts.num_heads))
+
+    def _set_rates(self, rates_H: Tensor) -> list[str]:
+        if self.options.decay == "none":
+            return []
+        self.dt_bias.copy_(inverse_softplus(rates_H))
+        return ["dt_bias"]
 
     def _log_decay(self, x_BTD: Tensor) -> Tensor:
         if self.options.decay == "none":

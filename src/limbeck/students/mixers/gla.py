@@ -32,9 +32,13 @@ class GatedLinearAttention(DecayingMixer):
         super()._start()
         self.a_down.reset_parameters()
         nn.init.normal_(self.a_up.weight, std=UP_STD)
+        self._set_rates(self._rates())
+
+    def _set_rates(self, rates_H: Tensor) -> list[str]:
         # logsigmoid(b) = -temperature * rate
-        bias_H = -(self._rates() * self.options.decay_temperature).expm1().log()
+        bias_H = -(rates_H * self.options.decay_temperature).expm1().log()
         self.a_up.bias.copy_(bias_H.repeat_interleave(self.facts.head_dim))
+        return ["a_up.bias", *self._set_read_scale(rates_H)]
 
     def _gates(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         """Log decay ``[B, T, H, K]``."""

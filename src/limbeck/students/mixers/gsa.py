@@ -34,10 +34,17 @@ class GatedSlotAttention(MatrixStateMixer):
     def _start(self) -> None:
         super()._start()
         self.f_proj.reset_parameters()
-        rates_M = log_uniform_rates(self.options.decay_init, self.options.slots)
+        low, high = self.options.decay_init
+        self._set_rates(torch.full((self.facts.num_heads,), (low * high) ** 0.5, dtype=torch.float64))
+
+    def _set_rates(self, rates_H: Tensor) -> list[str]:
+        """The geometric mean over a head's slots, which keep their spread about it."""
+        spread_M = log_uniform_rates(self.options.decay_init, self.options.slots)
+        spread_M = spread_M / spread_M.log().mean().exp()
+        rates_HM = rates_H.to(spread_M.device)[:, None] * spread_M
         # logsigmoid(b) = -temperature * rate
-        bias_M = -(rates_M * self.options.decay_temperature).expm1().log()
-        self.f_proj.bias.copy_(bias_M.repeat(self.facts.num_heads))
+        self.f_proj.bias.copy_(-(rates_HM * self.options.decay_temperature).expm1().log().flatten())
+        return ["f_proj.bias"]
 
     def _gates(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         """Log decay ``[B, T, H, M]``."""

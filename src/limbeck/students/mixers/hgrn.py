@@ -38,9 +38,12 @@ class Hgrn2(MatrixStateMixer):
 
     def _start(self) -> None:
         super()._start()
+        self._set_rates(log_uniform_rates(self.options.decay_init, self.facts.num_heads))
+
+    def _set_rates(self, rates_H: Tensor) -> list[str]:
         # A gate of an input of zero is half open: it forgets half of its span.
-        span_H = 2 * log_uniform_rates(self.options.decay_init, self.facts.num_heads) / (1 - LOWEST)
-        self.span_logit.copy_(span_H.logit())
+        self.span_logit.copy_((2 * rates_H / (1 - LOWEST)).logit())
+        return ["span_logit"]
 
     def _gates(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         """The gates' span ``[B, T, H]``: at zero nothing is forgotten and nothing written."""

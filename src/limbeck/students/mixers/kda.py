@@ -40,8 +40,11 @@ class KimiDeltaAttention(DeltaRuleMixer):
         self.a_down.reset_parameters()
         nn.init.normal_(self.a_up.weight, std=UP_STD)
         nn.init.zeros_(self.A_log)
-        rates_H = log_uniform_rates(self.options.decay_init, self.facts.num_heads)
+        self._set_rates(log_uniform_rates(self.options.decay_init, self.facts.num_heads))
+
+    def _set_rates(self, rates_H: Tensor) -> list[str]:
         self.dt_bias.copy_(inverse_softplus(rates_H).repeat_interleave(self.facts.head_dim))
+        return ["dt_bias"]
 
     def _log_decay(self, x_BTD: Tensor) -> Tensor:
         dtype = compute_dtype(x_BTD, self.o_proj.weight)

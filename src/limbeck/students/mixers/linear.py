@@ -26,7 +26,7 @@ from limbeck.models.state import MixerState, mixer_state
 from limbeck.models.structure import AttentionFacts, AttentionView, Rotary
 from limbeck.ops.convolution import short_convolution
 from limbeck.ops.linear_attention import linear_attention, linear_attention_step
-from limbeck.students.mixers.base import GroupedHeads, Mixer, Report, compute_dtype, copy_linear, expand_groups
+from limbeck.students.mixers.base import GroupedHeads, Measured, Mixer, Report, compute_dtype, copy_linear, expand_groups
 
 OPEN_GATE = 1.278464542761074
 """Where SiLU is 1."""
@@ -137,6 +137,20 @@ class MatrixStateMixer(Mixer):
                 self.g_proj.reset_parameters()
         if options.output_norm:
             self.o_norm.copy_(self._value_scale().repeat_interleave(self.facts.head_dim))
+
+    @torch.no_grad()
+    def calibrate(self, measured: Measured) -> list[str]:
+        """Forget rates, where the mixer learns them."""
+        return self._set_rates(measured.rates_H)
+
+    def _set_rates(self, rates_H: Tensor) -> list[str]:
+        """Set forget rates a token ``[H]``; returns the names of the tensors.  There are none here."""
+        return []
+
+    @property
+    def read_out(self) -> nn.Linear | None:
+        """The output projection: a read has the scale of the values only roughly."""
+        return self.o_proj
 
     def _value_scale(self) -> Tensor:
         """Root mean square of each head's values for inputs of unit variance ``[H]``: the scale of a head that attends to one token."""
@@ -293,8 +307,13 @@ class DecayingMixer(MatrixStateMixer):
 
     def _start(self) -> None:
         super()._start()
-        if not self.options.output_norm:
-            self.read_scale.copy_(-torch.expm1(-self._rates()))
+        self._set_read_scale(self._rates())
+
+    def _set_read_scale(self, rates_H: Tensor) -> list[str]:
+        if self.options.output_norm:
+            return []
+        self.read_scale.copy_(-torch.expm1(-rates_H))
+        return ["read_scale"]
 
     def _gate_flops(self) -> int:
         return 0

@@ -37,7 +37,11 @@ class Mamba2(MatrixStateMixer):
         nn.init.zeros_(self.dt_proj.weight)
         nn.init.zeros_(self.A_log)
         nn.init.zeros_(self.D)
-        self.dt_bias.copy_(inverse_softplus(log_uniform_rates(self.options.step_init, self.facts.num_heads)))
+        self._set_rates(log_uniform_rates(self.options.step_init, self.facts.num_heads))
+
+    def _set_rates(self, rates_H: Tensor) -> list[str]:
+        self.dt_bias.copy_(inverse_softplus(rates_H))
+        return ["dt_bias"]
 
     def _gates(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         """Log decay and step ``[B, T, H]``."""

@@ -65,17 +65,23 @@ class Rwkv7(MatrixStateMixer):
         super()._start()
         if self.options.token_shift:
             nn.init.zeros_(self.shift)
-        rates_H = log_uniform_rates(self.options.decay_init, self.facts.num_heads)
-        biases = {"w": (rates_H / FASTEST).logit().repeat_interleave(self.facts.head_dim), "a": torch.zeros(()), "v": torch.tensor(NEARLY_SHUT)}
+        biases = {"w": 0.0, "a": 0.0, "v": NEARLY_SHUT}
         for name in self._low_rank:
             down, up = self.get_submodule(f"{name}_down"), self.get_submodule(f"{name}_up")
             assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
             down.reset_parameters()
             nn.init.normal_(up.weight, std=UP_STD)
-            up.bias.copy_(biases[name])
+            nn.init.constant_(up.bias, biases[name])
+        self._set_rates(log_uniform_rates(self.options.decay_init, self.facts.num_heads))
         nn.init.ones_(self.kappa)
         nn.init.ones_(self.alpha)
         nn.init.zeros_(self.rho)
+
+    def _set_rates(self, rates_H: Tensor) -> list[str]:
+        up = self.get_submodule("w_up")
+        assert isinstance(up, nn.Linear)
+        up.bias.copy_((rates_H / FASTEST).logit().repeat_interleave(self.facts.head_dim))
+        return ["w_up.bias"]
 
     def _gate_flops(self) -> int:
         return 2 * len(self._low_rank) * self.options.rank * (self.facts.hidden_size + self.facts.num_heads * self.facts.head_dim)
