@@ -1,6 +1,6 @@
 """Which layers of a hybrid stay softmax: every method, controls and the exhaustive oracle, five seeds.
 
-    python experiments/layer_selection/run.py            # about an hour and a half on two cores
+    python experiments/layer_selection/run.py            # an hour and ten minutes on one core
     python experiments/layer_selection/run.py --quick    # the machinery in a minute; proves nothing
 
 The teacher, `builtin:code-2m`, has two layers that look back, 6 and 7.  A run that is interrupted goes on where it stopped.
