@@ -1,6 +1,6 @@
 """Whether mixers that are calibrated before align are nearer to their attention, before, early in and after it.
 
-    python experiments/calibration/run.py            # an estimated half hour on one core
+    python experiments/calibration/run.py            # twenty minutes on one core
     python experiments/calibration/run.py --quick    # the machinery in a minute; proves nothing
 
 Every arm goes through the shipped engine by `recipe.yaml` beside this file.  A run that is interrupted goes on where it stopped.

@@ -22,7 +22,7 @@ class HybridizeOptions(Part):
     """What replaces attention."""
     keep: tuple[int, ...] | Literal["all"] = ()
     """Layers (from 0) that stay softmax; negative numbers count from the end."""
-    calibration_rows: int = Field(0, ge=0)
+    calibration_rows: int = Field(16, ge=0)
     """Rows of the training text on which fresh mixers are fitted to the attention before the first step of a stage with
     `teacher: self`: forget rates to how far each head looks back, and the scale of each head.  0 leaves the neutral start."""
     gqa: Literal["heads", "rows"] = "heads"
