@@ -120,7 +120,7 @@ def grows(rows: Rows, label: str) -> bool:
 
 def main() -> None:
     """Run every mixer, measure rates, and write results.json."""
-    options = command_line(str(__doc__), "mixers", [1], extra=["mixers"])
+    options = command_line(str(__doc__), "mixers", [1, 2], extra=["mixers"])
     labels = options.mixers or (["gated_deltanet", "path"] if options.quick else list(LABELS))
     labels = list(dict.fromkeys([*labels, REFERENCE]))
     more, factors = (QUICK, (1.0,)) if options.quick else ([], FACTORS)

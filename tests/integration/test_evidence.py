@@ -17,8 +17,11 @@ QUICK = {
     "benchmarks/loop_overhead": [],
     "benchmarks/signal_store": [],
     "benchmarks/teacher_latency": [],
+    "experiments/calibration": ["--out", "{tmp}"],
     "experiments/hybrid_recovers": ["--out", "{tmp}"],
     "experiments/layer_selection": ["--out", "{tmp}"],
+    "experiments/long_context": ["--out", "{tmp}"],
+    "experiments/mixers": ["--out", "{tmp}"],
     "experiments/native_cost": ["--out", "{tmp}"],
     "experiments/tail_matters": ["--out", "{tmp}"],
 }
@@ -35,7 +38,7 @@ def test_the_quick_form_runs(folder: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT) for p in ROOT.glob("*/*/results.json")), ids=str)
+@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT) for top in ("benchmarks", "experiments") for p in (ROOT / top).rglob("results.json")), ids=str)
 def test_committed_results_are_complete(path: Path) -> None:
     found = json.loads((ROOT / path).read_text())
     assert {"claim", "command", "commit", "machine", "seeds", "rows", "criteria"} <= set(found)

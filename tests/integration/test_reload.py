@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -73,7 +74,8 @@ def test_students_of_every_family_reload_in_a_fresh_process(tmp_path: Path) -> N
             made = student.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
             save_file({"ids": ids, "logits": student(ids).logits, "made": made}, tmp_path / f"{name}.expected")
     result = json.loads(_run(RELOAD.replace("ORDER", "import limbeck"), str(tmp_path)))
-    assert result == {name: [0.0, True, tied[name]] for name in students}
+    # Weights that are mapped from a file lie otherwise in memory, and a matrix product may then sum in another order.
+    assert result == {name: [pytest.approx(0.0, abs=1e-13), True, tied[name]] for name in students}
 
 
 def test_registration_works_when_transformers_comes_first(tmp_path: Path) -> None:
