@@ -261,6 +261,13 @@ stages:
     objectives: [{kind: attention_alignment}]
     optim: {groups: [{lr: 1e-3}]}
     loop: {steps: 2, batch_tokens: 32, precision: float32}
+  straight:
+    data: {from: pretrain}
+    student: {base: {from: pretrain}, surgery: [{kind: hybridize, mixer: gated_deltanet, calibration_rows: 6, keep: [0]}]}
+    teacher: {kind: local, model: {from: pretrain}}
+    objectives: [{kind: kl}]
+    optim: {groups: [{lr: 1e-3}]}
+    loop: {steps: 1, batch_tokens: 32, precision: float32}
 """
 
 
@@ -278,7 +285,9 @@ def test_a_stage_measures_once_and_every_start_and_rank_has_the_same_mixers(tmp_
         run_recipe(recipe, recipe_dir=tmp_path, run_dir=run, stage=stage, say=said.append)
 
     start("pretrain")
-    assert not (run / "pretrain" / "calibration.json").exists()
+    start("straight")
+    for stage in ("pretrain", "straight"):
+        assert not (run / stage / "calibration.json").exists(), "only a teacher that streams attention has something to measure"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt("killed")))
         start("align")

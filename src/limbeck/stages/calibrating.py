@@ -10,6 +10,7 @@ import numpy as np
 from limbeck.data.dataset import TokenRows
 from limbeck.engine.precision import autocast
 from limbeck.models.structure import attention_view
+from limbeck.needs import AttentionStream
 from limbeck.stages.context import StageContext
 from limbeck.stages.folder import read_json, write_json
 from limbeck.students.calibration import apply, from_json, measure, summary, to_json
@@ -27,7 +28,7 @@ def calibrate(context: StageContext, student: Student, teacher: Any, rows: Token
     is made anew at every start, and what does not train is in no checkpoint.
     """
     wanted = calibrated_layers(student) if context.options.student.surgery else {}
-    if not wanted or not hasattr(teacher, "stream"):
+    if not wanted or context.options.teacher.provides(AttentionStream()) is not True:
         return
     num_rows = max(wanted.values())
     mixers = {layer: mixer for layer, mixer in student.mixers().items() if layer in wanted and isinstance(mixer, Mixer)}
