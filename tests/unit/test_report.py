@@ -6,6 +6,7 @@ import json
 import math
 import re
 import xml.dom.minidom
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -282,6 +283,14 @@ def test_every_step_of_the_loss_is_in_the_curve(run_dir: Path) -> None:
     assert "training: 0.5 at step 1<" in figures["loss"][1]
     points, width = thin([(float(i), float(i)) for i in range(1000)], most=100)
     assert width == 10 and len(points) == 100 and points[0] == (9.0, 4.5)
+
+
+def test_a_wait_for_the_teacher_is_drawn_where_there_was_one(run_dir: Path) -> None:
+    stage = next(stage for stage in read_run(run_dir).stages if stage.name == "align")
+    for shares, drawn in (((0.0, 0.0), False), ((0.0, 0.3), True)):
+        metrics = [{"step": i, "loss": 1.0, "teacher_share": share} for i, share in enumerate(shares, 1)]
+        titles = [title for title, _, _ in training_figures(replace(stage, metrics=metrics))]
+        assert ("waiting for the teacher" in titles) is drawn
 
 
 def test_ticks_are_round_and_inside() -> None:

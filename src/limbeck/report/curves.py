@@ -11,13 +11,14 @@ from limbeck.report.run import Stage
 from limbeck.report.svg import Series, legend, line_chart, log_is_useful, number
 
 POINTS = 160
-SHARES = {"agreement", "accuracy"}
+SHARES = {"agreement", "accuracy", "teacher_share"}
 NAMES = {
     "kl": ("KL from the teacher", "nats a token"),
     "ce": ("cross-entropy", "nats a token"),
     "agreement": ("top-1 agreement with the teacher", ""),
     "accuracy": ("accuracy of the next token", ""),
     "grad_norm": ("gradient norm", "before clipping"),
+    "teacher_share": ("waiting for the teacher", "share of the time"),
 }
 MACHINERY = {"step", "tokens", "loss", "losses", "tokens_per_second", "memory_bytes", "teacher_seconds", "eta_seconds", "time"}
 """Keys of a metrics line that have no chart of their own."""
@@ -42,7 +43,8 @@ def training_figures(stage: Stage) -> list[tuple[str, str, str]]:
             Series("held out", _column(validations, f"validation/{key}"), "var(--teacher)", dashed=True, markers=True),
         ]
         title, note = NAMES.get(key, (key.replace("_", " "), ""))
-        series = [one for one in series if one.points]
+        # Nothing but zeros: a wait for a teacher that is not elsewhere.
+        series = [one for one in series if any(y for _, y in one.points)]
         if series:
             figures.append((title, note, _chart(series, title, percent if key in SHARES else number)))
     residuals = _family(rows, {key: f"layer {key.removeprefix('residual/')}" for key in keys if key.startswith("residual/")})
