@@ -1,11 +1,11 @@
 """What becomes of the mass that a truncated teacher signal leaves out: k x tail x temperature, three seeds.
 
     python experiments/tail_matters/run.py                      # half an hour on one core; writes results.json
-    python experiments/tail_matters/run.py --student scratch    # as long again; writes scratch/results.json
+    python experiments/tail_matters/run.py --student far        # twenty minutes more; writes far/results.json
     python experiments/tail_matters/run.py --quick              # the machinery in a minute; proves nothing
 
 Two students.  One is the quickstart's hybrid (two of eight layers softmax), aligned once a seed: close to its teacher.  The other
-is smaller and begins with random weights.  Every arm trains for the same tokens in the same order.  The measure is the dense KL to
+has every head scrambled: it begins far away.  Every arm trains for the same tokens in the same order.  The measure is the dense KL to
 the teacher on held-out text, beside cross-entropy.
 """
 
@@ -33,7 +33,7 @@ KEPT = (8, 32, 128)
 TAILS = ("tail", "zero", "renorm_both")
 TEMPERATURES = (1, 2)
 QUICK_ARMS = ("ce only", "dense, T=1", "k=8, tail, T=1", "k=8, zero, T=1")
-STUDENTS = {"aligned": ("recipe.yaml", KEPT, HERE), "scratch": ("scratch/recipe.yaml", (8,), HERE / "scratch")}
+STUDENTS = {"aligned": ("recipe.yaml", KEPT, HERE), "far": ("far/recipe.yaml", (8,), HERE / "far")}
 """Student -> its recipe, the numbers of kept ids that it is tried with, and where its results go."""
 
 
