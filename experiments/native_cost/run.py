@@ -1,6 +1,6 @@
 """What Qwen3.5's own Gated DeltaNet costs in quality against our default one, at equal tokens, and that its export is exact.
 
-    python experiments/native_cost/run.py            # about three quarters of an hour on two cores
+    python experiments/native_cost/run.py            # an hour and a quarter on one core
     python experiments/native_cost/run.py --quick    # the machinery in a minute; proves nothing
 
 Every arm goes through the shipped engine by `recipe.yaml` beside this file.  Both mixers have their learning rate tuned on the first
