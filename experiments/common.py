@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import write_results
+from benchmarks.evidence import criterion, write_results
 
 from limbeck.config.recipe import Recipe
 
@@ -60,10 +60,18 @@ def measured(run: Path, stage: str) -> dict[str, dict[str, float]]:
     found = json.loads((run / stage / "evaluation" / "evaluation.json").read_text())
     models: dict[str, dict[str, float]] = {}
     for name, text in found["perplexity"].items():
-        models[name] = {"ce": text["ce"]}
+        models[name] = {"ce": text["ce"], "perplexity": text["perplexity"]}
         models[name] |= {key: found["divergence"][name][key] for key in ("kl", "agreement") if name in found["divergence"]}
         models[name] |= {f"recall/{e['task']}/{e['distance']}": e["accuracy"] for e in found.get("recall", {}).get(name, [])}
     return models
+
+
+def residuals(run: Path, stage: str) -> dict[str, float]:
+    """Held-out relative residual of each layer at the end of an align stage; empty where nothing was validated."""
+    lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    mark = "validation/residual/"
+    last = next((line for line in reversed(lines) if any(key.startswith(mark) for key in line)), {})
+    return {key.removeprefix(mark): value for key, value in last.items() if key.startswith(mark)}
 
 
 def as_rows(setting: str, seed: int, values: dict[str, float]) -> Rows:
@@ -93,12 +101,12 @@ def remembered(path: Path, key: Any, make: Callable[[], Any]) -> Any:
 
 def at_least(name: str, value: float, bound: float) -> dict[str, Any]:
     """A criterion with a lower bound."""
-    return {"name": name, "bound": f">= {bound:g}", "measured": value, "holds": value >= bound}
+    return criterion(name, f">= {bound:g}", value, value >= bound)
 
 
 def at_most(name: str, value: float, bound: float) -> dict[str, Any]:
     """A criterion with an upper bound."""
-    return {"name": name, "bound": f"<= {bound:g}", "measured": value, "holds": value <= bound}
+    return criterion(name, f"<= {bound:g}", value, value <= bound)
 
 
 def conclude(folder: Path, claim: str, command: str, seeds: Sequence[int], rows: Rows, criteria: list[dict[str, Any]]) -> None:

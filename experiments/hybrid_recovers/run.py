@@ -9,7 +9,6 @@ Every arm goes through the shipped engine by `recipe.yaml` beside this file.  A 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from benchmarks.evidence import write_results  # noqa: E402
+from experiments.common import at_least, at_most, measured, residuals  # noqa: E402
 
 from limbeck.config.load import load_recipe  # noqa: E402
 from limbeck.config.recipe import Recipe  # noqa: E402
@@ -80,27 +80,6 @@ def best(found: dict[float, float], setting: str, seed: int) -> tuple[float, lis
     return min(found, key=found.__getitem__), rows
 
 
-def measured(run: Path, stage: str) -> dict[str, dict[str, float]]:
-    """Model -> its numbers in an evaluate stage: text, divergence from the teacher, recall by task and distance."""
-    found = json.loads((run / stage / "evaluation" / "evaluation.json").read_text())
-    models: dict[str, dict[str, float]] = {}
-    for name, text in found["perplexity"].items():
-        recall = {
-            f"recall/{entry['task']}/{entry['distance']}": entry["accuracy"] for entry in found.get("recall", {}).get(name, [])
-        }
-        models[name] = {"ce": text["ce"], "perplexity": text["perplexity"], **recall}
-        models[name] |= {key: found["divergence"].get(name, {}).get(key, 0.0) for key in ("kl", "agreement") if name != "teacher"}
-    return models
-
-
-def residuals(run: Path, stage: str) -> dict[str, float]:
-    """Held-out relative residual of each layer at the end of an align stage."""
-    lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-    mark = "validation/residual/"
-    last = next(line for line in reversed(lines) if any(key.startswith(mark) for key in line))
-    return {key.removeprefix(mark): value for key, value in last.items() if key.startswith(mark)}
-
-
 def retrieving_layers(source: str) -> list[int]:
     """Layers of the teacher that look back, also those that do so only when others are silent."""
     folder = resolve_source(source)
@@ -126,16 +105,6 @@ def longer(seed: int, more: list[str], out: Path, factor: int) -> list[dict[str,
     return rows + [
         {"setting": f"align, {factor}x tokens", "seed": seed, "metric": f"residual/{layer}", "value": value} for layer, value in found
     ]
-
-
-def at_least(name: str, measured: float, bound: float) -> dict[str, Any]:
-    """A criterion with a lower bound."""
-    return {"name": name, "bound": f">= {bound}", "measured": measured, "holds": measured >= bound}
-
-
-def at_most(name: str, measured: float, bound: float) -> dict[str, Any]:
-    """A criterion with an upper bound."""
-    return {"name": name, "bound": f"<= {bound}", "measured": measured, "holds": measured <= bound}
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def draw(results: Results) -> None:
     order = labels(results)[::-1]
     figure, axes = plt.subplots(1, 3, figsize=(10, 1.2 + 0.3 * len(order)), sharey=True)
     places = list(range(len(order)))
-    for axis, (title, metric) in zip(axes, PANELS, strict=False):
+    for axis, (title, metric) in zip(axes[:2], PANELS, strict=True):
         for shift, (marker, arm) in zip((0.12, -0.12), zip("os", ARMS.values(), strict=True), strict=True):
             found = [results.values(f"{arm}: {label}", metric) for label in order]
             means = [statistics.mean(values) for values in found]

@@ -10,7 +10,6 @@ seed.  A run that is interrupted goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402
 from benchmarks.evidence import criterion, write_results  # noqa: E402
+from experiments.common import measured, residuals  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from limbeck.config.load import load_recipe  # noqa: E402
@@ -64,24 +64,6 @@ def tune(arm: str, seed: int, more: list[str], out: Path) -> tuple[float, list[d
         ce = measured(run, "evaluate")[arm]["ce"]
         rows.append({"setting": f"tune {arm}, learning rates x {factor:g}", "seed": seed, "metric": "ce", "value": ce})
     return FACTORS[min(range(len(FACTORS)), key=lambda i: rows[i]["value"])], rows
-
-
-def measured(run: Path, stage: str) -> dict[str, dict[str, float]]:
-    """Model -> its numbers in an evaluate stage: text, divergence from the teacher, recall by task and distance."""
-    found = json.loads((run / stage / "evaluation" / "evaluation.json").read_text())
-    models: dict[str, dict[str, float]] = {}
-    for name, text in found["perplexity"].items():
-        models[name] = {"ce": text["ce"], **{f"recall/{e['task']}/{e['distance']}": e["accuracy"] for e in found.get("recall", {}).get(name, [])}}
-        models[name] |= {key: found["divergence"][name][key] for key in ("kl", "agreement") if name in found["divergence"]}
-    return models
-
-
-def residuals(run: Path, stage: str) -> dict[str, float]:
-    """Held-out relative residual of each layer at the end of an align stage."""
-    lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-    mark = "validation/residual/"
-    last = next((line for line in reversed(lines) if any(key.startswith(mark) for key in line)), {})
-    return {key.removeprefix(mark): value for key, value in last.items() if key.startswith(mark)}
 
 
 def stock_differences(run: Path) -> tuple[float, float]:

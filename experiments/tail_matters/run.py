@@ -1,7 +1,7 @@
 """What becomes of the mass that a truncated teacher signal leaves out: k x tail x temperature, three seeds.
 
     python experiments/tail_matters/run.py                      # half an hour on one core; writes results.json
-    python experiments/tail_matters/run.py --student far        # twenty minutes more; writes far/results.json
+    python experiments/tail_matters/run.py --student far        # twenty-five minutes more; writes far/results.json
     python experiments/tail_matters/run.py --quick              # the machinery in a minute; proves nothing
 
 Two students.  One is the quickstart's hybrid (two of eight layers softmax), aligned once a seed: close to its teacher.  The other

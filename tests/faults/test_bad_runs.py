@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from limbeck.cli.app import app
 from limbeck.config.load import load_recipe
 from limbeck.stages.run import run_recipe
+from limbeck.teachers.local import LocalTeacher
 
 TEACH = """
 name: teach
@@ -59,6 +60,9 @@ BAD = {
     "a layer that does not exist": (["distil.student.surgery.0.keep=[7]"], "7"),
     "weights that are missing": (["distil.student.base=other"], "other"),
     "text that is missing": (["distil.data.source.path=corpse"], "corpus"),
+    "objectives that sample differently": (
+        ["distil.objectives=[{kind: topk_kl, k: 2, samples: 3}, {kind: topk_kl, k: 4, samples: 3}]"], "must agree on k",
+    ),
     "a budget of nothing": (["distil.loop.steps=0"], "steps"),
 }
 
@@ -77,3 +81,13 @@ def test_the_same_recipe_without_a_fault_runs(home: Path) -> None:
     result = CliRunner().invoke(app, ["run", str(home / "distil.yaml"), "--run-dir", str(home / "good")])
     assert result.exit_code == 0, result.output
     assert (home / "good" / "distil" / "model" / "config.json").exists()
+
+
+def test_a_teacher_that_is_refused_is_closed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    closed: list[LocalTeacher] = []
+    monkeypatch.setattr(LocalTeacher, "close", lambda self: closed.append(self), raising=False)
+    words, named = BAD["wrong vocabulary"]
+    result = CliRunner().invoke(app, ["run", str(home / "distil.yaml"), *words, "--run-dir", str(home / "closed")])
+    assert result.exit_code == 2 and named in result.output
+    assert len(closed) == 1

@@ -43,20 +43,18 @@ LOOSE = ("swa", "path")
 def naive(q: Tensor, k: Tensor, documents: Tensor, scaling: float, softcap: float | None, window: int | None) -> Reach:
     """One query at a time."""
     rows, heads, length = q.shape[:3]
-    distance, entropy = torch.zeros(heads, dtype=torch.float64), torch.zeros(heads, dtype=torch.float64)
-    queries = choices = 0
+    distance, queries = torch.zeros(heads, dtype=torch.float64), 0
     for b in range(rows):
         for i in range(length):
             if documents[b, i] < 0:
                 continue
             seen = [j for j in range(i + 1) if documents[b, j] == documents[b, i] and (window is None or i - j < window)]
-            queries, choices = queries + 1, choices + (len(seen) > 1)
+            queries += 1
             for h in range(heads):
                 scores = torch.stack([q[b, h, i] @ k[b, h * k.shape[1] // heads, j] for j in seen]) * scaling
                 weights = (scores if softcap is None else softcap * torch.tanh(scores / softcap)).softmax(0)
                 distance[h] += sum(w * (i - j) for w, j in zip(weights, seen, strict=True))
-                entropy[h] += -(weights * weights.log()).sum() / math.log(len(seen)) if len(seen) > 1 else 0
-    return Reach(distance, entropy, torch.tensor(queries), torch.tensor(choices))
+    return Reach(distance, torch.tensor(queries))
 
 
 @pytest.mark.parametrize(("softcap", "window"), [(None, None), (3.0, 4)])
@@ -83,18 +81,17 @@ def test_reach_adds_up_over_rows_and_does_not_see_padding() -> None:
         torch.testing.assert_close(moved, total, rtol=1e-12, atol=0)
 
 
-def test_an_even_mean_has_half_the_distance_and_full_entropy() -> None:
+def test_an_even_mean_has_half_the_distance() -> None:
     zeros = torch.zeros(1, 1, 41, 4)
-    distance_H, entropy_H = attention_reach(zeros, zeros, torch.zeros(1, 41, dtype=torch.long), scaling=1.0).means()
+    distance_H = attention_reach(zeros, zeros, torch.zeros(1, 41, dtype=torch.long), scaling=1.0).mean()
     assert distance_H.item() == pytest.approx(10.0, rel=1e-5)  # the mean of i / 2 over i = 0 ... 40
-    assert entropy_H.item() == pytest.approx(1.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", DECAYING)
 def test_half_the_memory_is_gone_after_the_measured_distance(case: str, double: None) -> None:
     bench = Bench(options_of(case), stirred=False)
     distance_H = torch.tensor([2.0, 5.0, 40.0, 300.0])
-    names = bench.mixer.calibrate(Measured(distance_H, torch.full((4,), 0.5)))
+    names = bench.mixer.calibrate(Measured(distance_H))
     assert names and set(names) <= {name for name, _ in bench.mixer.named_parameters()}
     decay = bench.mixer._gates(torch.zeros(1, 1, bench.width))[0].exp()
     kept = decay.reshape(4, -1) ** distance_H[:, None]
@@ -103,7 +100,7 @@ def test_half_the_memory_is_gone_after_the_measured_distance(case: str, double: 
 
 def test_half_open_gates_and_slots_follow_the_distance_too(double: None) -> None:
     distance_H = torch.tensor([2.0, 5.0, 40.0, 300.0])
-    measured = Measured(distance_H, torch.full((4,), 0.5))
+    measured = Measured(distance_H)
     hgrn, gsa = (Bench(options_of(case), stirred=False) for case in ("hgrn", "gsa"))
     hgrn.mixer.calibrate(measured)
     span_H = hgrn.mixer._gates(torch.zeros(1, 1, hgrn.width))[0].flatten()
@@ -118,7 +115,7 @@ def test_half_open_gates_and_slots_follow_the_distance_too(double: None) -> None
 def test_every_mixer_takes_any_distance_and_stays_finite(case: str) -> None:
     bench = Bench(options_of(case), stirred=False)
     before = {name: p.clone() for name, p in bench.mixer.named_parameters()}
-    names = bench.mixer.calibrate(Measured(torch.tensor([0.0, 1.0, 7.0, 1e9]).double(), torch.tensor([0, 0.3, 0.9, 1]).double()))
+    names = bench.mixer.calibrate(Measured(torch.tensor([0.0, 1.0, 7.0, 1e9]).double()))
     names += bench.mixer.scale_heads(torch.tensor([0.1, 1, 2, 10]).double())
     changed = [name for name, p in bench.mixer.named_parameters() if not torch.equal(p, before[name])]
     assert sorted(changed) == sorted(names)
@@ -128,7 +125,7 @@ def test_every_mixer_takes_any_distance_and_stays_finite(case: str) -> None:
 
 
 def test_rates_stay_where_every_forget_gate_can_have_them() -> None:
-    rates_H = Measured(torch.tensor([0.0, 1.0, 1e9]).double(), torch.zeros(3)).rates_H
+    rates_H = Measured(torch.tensor([0.0, 1.0, 1e9]).double()).rates_H
     assert rates_H.tolist() == [RATES[1], RATES[1], RATES[0]]
 
 
@@ -225,7 +222,7 @@ def test_micro_batches_and_packing_do_not_change_what_is_measured(tmp_path: Path
     unpacked = place.measure(*alone)
     for layer in whole:
         for other in (split[layer], unpacked[layer]):
-            for name in ("distance", "entropy", "gain", "residual"):
+            for name in ("distance", "gain", "residual"):
                 assert getattr(other, name) == pytest.approx(getattr(whole[layer], name), rel=2e-4), name
 
 

@@ -6,6 +6,7 @@ import pytest
 from experiments.common import renamed
 from experiments.long_context.run import part as part_of_long_context
 from experiments.mixers.run import ARMS, LABELS, part
+from experiments.tail_matters.run import STUDENTS, all_arms, arms
 
 from limbeck.config.parts.mixers import MIXERS
 from limbeck.config.recipe import references
@@ -40,3 +41,14 @@ def test_words_that_are_no_stages_keep_their_names() -> None:
     assert renamed({"from": "a", "against": ["teacher", "a"], "train": ["mixers"]}, names) == {
         "from": "x-a", "against": ["teacher", "x-a"], "train": ["mixers"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_every_tail_is_tried_with_every_student(student: str) -> None:
+    file, kept, _ = STUDENTS[student]
+    stages = all_arms(file, list(arms(kept)), 2, quick=False).stages
+    objectives = [objective for stage in stages.values() if stage.kind == "train" for objective in stage.objectives]
+    tried = {(o.tail, o.k, o.temperature) for o in objectives if o.kind == "topk_kl"}
+    assert tried == {(tail, k, t) for tail in ("tail", "zero", "renorm_both") for k in kept for t in (1, 2)}
+    assert {"ce", "kl"} < {o.kind for o in objectives}
+    assert all(stage.seed == 2 for stage in stages.values() if stage.kind == "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,27 @@ def test_documents_go_to_the_teacher_of_their_domain() -> None:
     assert signal[TopK].ids_nK[:, 0].tolist() == [3, 3, 4, 4, 3]
     assert [len(t.asked) for t in (text, code)] == [2, 1]
     assert answered.answered_BT is None
+
+
+def test_a_network_in_this_process_takes_its_turn_and_teachers_elsewhere_are_asked_beside_it() -> None:
+    class Watched(Constant):
+        def ask(self, *args: Any, **kwargs: Any) -> list[TopKRows | None]:
+            self.thread = threading.get_ident()
+            return super().ask(*args, **kwargs)
+
+    class Network(Watched):
+        def score(self) -> None: ...
+
+    here, there = Network(1), Watched(2)
+    teacher = mixture({"text": here, "code": there})
+    teacher.submit(batch(), {TopK: NEED}).result()
+    assert here.thread == threading.get_ident() != there.thread
+
+
+def test_a_mixture_in_a_mixture_is_refused() -> None:
+    inner = {"kind": "mixture", "teachers": {"code": OPTIONS}}
+    with pytest.raises(ValidationError, match=r"teachers\.text is a mixture itself"):
+        MixtureTeacherOptions(teachers={"text": inner})
 
 
 def test_a_domain_without_a_teacher_goes_to_the_default_or_is_an_error() -> None:

@@ -288,9 +288,10 @@ def test_every_step_of_the_loss_is_in_the_curve(run_dir: Path) -> None:
 def test_a_wait_for_the_teacher_is_drawn_where_there_was_one(run_dir: Path) -> None:
     stage = next(stage for stage in read_run(run_dir).stages if stage.name == "align")
     for shares, drawn in (((0.0, 0.0), False), ((0.0, 0.3), True)):
-        metrics = [{"step": i, "loss": 1.0, "teacher_share": share} for i, share in enumerate(shares, 1)]
+        metrics = [{"step": i, "loss": 1.0, "agreement": 0.0, "teacher_share": share} for i, share in enumerate(shares, 1)]
         titles = [title for title, _, _ in training_figures(replace(stage, metrics=metrics))]
         assert ("waiting for the teacher" in titles) is drawn
+        assert "top-1 agreement with the teacher" in titles, "a measured zero is shown"
 
 
 def test_ticks_are_round_and_inside() -> None:

@@ -1,4 +1,4 @@
-"""How far softmax attention looks back and how evenly it spreads, and the least-squares scale of each head of a sum.
+"""How far softmax attention looks back, and the least-squares scale of each head of a sum.
 
 Both are sums over queries: they add up over micro-batches and divide once.
 """
@@ -18,20 +18,16 @@ class Reach(NamedTuple):
 
     distance_H: Tensor
     """Of the mean distance ``sum_j w_ij (i - j)``, in tokens."""
-    entropy_H: Tensor
-    """Of the entropy over its largest value, ``-sum_j w_ij ln w_ij / ln n_i``, at queries that see ``n_i > 1`` keys."""
     queries: Tensor
     """Number of queries."""
-    choices: Tensor
-    """Number of queries that see more than one key."""
 
     def plus(self, other: Reach) -> Reach:
         """The sums over the queries of both."""
         return Reach(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Mean distance in tokens and mean normalised entropy (0 to 1) ``[H]``; zeros where there are no queries."""
-        return self.distance_H / self.queries.clamp_min(1), self.entropy_H / self.choices.clamp_min(1)
+    def mean(self) -> Tensor:
+        """Mean distance in tokens ``[H]``; zeros where there are no queries."""
+        return self.distance_H / self.queries.clamp_min(1)
 
 
 def attention_reach(
@@ -81,15 +77,9 @@ def _of_scores(scores_BHQS: Tensor, visible_BQS: Tensor, distance_QS: Tensor, re
     # The lowest finite number and not -inf: a query on padding sees nothing, and its row must not be NaN.
     weights = wide.masked_fill(~visible_BQS[:, None], torch.finfo(wide.dtype).min).softmax(-1)
     distance_BHQ = (weights * distance_QS).sum(-1)
-    entropy_BHQ = torch.special.entr(weights).sum(-1)
-    seen_BQ = visible_BQS.sum(-1)
-    choice_BQ = real_BQ & (seen_BQ > 1)
-    share_BHQ = entropy_BHQ / seen_BQ.clamp_min(2).to(wide.dtype).log()[:, None]
     return Reach(
         torch.where(real_BQ[:, None], distance_BHQ, 0).sum((0, 2), dtype=torch.float64),
-        torch.where(choice_BQ[:, None], share_BHQ, 0).sum((0, 2), dtype=torch.float64),
         real_BQ.sum(),
-        choice_BQ.sum(),
     )
 
 

@@ -43,9 +43,10 @@ def training_figures(stage: Stage) -> list[tuple[str, str, str]]:
             Series("held out", _column(validations, f"validation/{key}"), "var(--teacher)", dashed=True, markers=True),
         ]
         title, note = NAMES.get(key, (key.replace("_", " "), ""))
-        # Nothing but zeros: a wait for a teacher that is not elsewhere.
-        series = [one for one in series if any(y for _, y in one.points)]
-        if series:
+        series = [one for one in series if one.points]
+        # Nobody waits for a teacher in this process; a zero of any other measure is news.
+        idle = key == "teacher_share" and not any(y for one in series for _, y in one.points)
+        if series and not idle:
             figures.append((title, note, _chart(series, title, percent if key in SHARES else number)))
     residuals = _family(rows, {key: f"layer {key.removeprefix('residual/')}" for key in keys if key.startswith("residual/")})
     if residuals:

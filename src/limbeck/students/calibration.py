@@ -38,8 +38,6 @@ class LayerRecord:
 
     distance: list[float] | None
     """Mean distance in tokens that each head looks back; None where the family's rotation is not known."""
-    entropy: list[float] | None
-    """Mean entropy of each head's weights over the largest possible."""
     gain: list[float]
     """Scale of each head of the mixer."""
     residual: tuple[float, float]
@@ -48,9 +46,7 @@ class LayerRecord:
     @property
     def measured(self) -> Measured | None:
         """What a mixer takes."""
-        if self.distance is None or self.entropy is None:
-            return None
-        return Measured(*(torch.tensor(values, dtype=torch.float64) for values in (self.distance, self.entropy)))
+        return None if self.distance is None else Measured(torch.tensor(self.distance, dtype=torch.float64))
 
 
 def measure(mixers: Mapping[int, Mixer], views: Mapping[int, AttentionView], stream: Stream, batches: Sequence[Batch]) -> dict[int, LayerRecord]:
@@ -59,7 +55,7 @@ def measure(mixers: Mapping[int, Mixer], views: Mapping[int, AttentionView], str
     reaches, fresh = _pass(mixers, views, stream, batches)
     measured: dict[int, Measured] = {}
     for layer, reach in reaches.items():
-        measured[layer] = Measured(*(mean_H.cpu() for mean_H in reach.means()))
+        measured[layer] = Measured(reach.mean().cpu())
         mixers[layer].calibrate(measured[layer])
     _, calibrated = _pass(mixers, {}, stream, batches)
     records = {}
@@ -68,7 +64,6 @@ def measure(mixers: Mapping[int, Mixer], views: Mapping[int, AttentionView], str
         found = measured.get(layer)
         records[layer] = LayerRecord(
             distance=None if found is None else found.distance_H.tolist(),
-            entropy=None if found is None else found.entropy_H.tolist(),
             gain=gain_H.tolist(),
             residual=(fresh[layer].residual(torch.ones_like(gain_H)), fit.residual(gain_H)),
         )

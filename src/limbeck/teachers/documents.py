@@ -18,6 +18,9 @@ import torch
 from limbeck.needs import TopK
 from limbeck.types import IGNORE, Batch, Signal, TopKSignal
 
+THREADS = 4
+"""Micro-batches whose answers are read, or asked of one teacher, at one time."""
+
 
 @dataclass(frozen=True)
 class Ask:

@@ -13,11 +13,8 @@ import torch
 from limbeck.config.parts.teachers import MixtureTeacherOptions
 from limbeck.errors import TeacherError
 from limbeck.needs import Need, TopK
-from limbeck.teachers.documents import Ask, PendingAnswers, TopKRows, asks_of, assemble
+from limbeck.teachers.documents import THREADS, Ask, PendingAnswers, TopKRows, asks_of, assemble
 from limbeck.types import Batch, Signal, Visit
-
-THREADS = 4
-"""Micro-batches about which one teacher is asked at one time."""
 
 
 class MixtureTeacher:

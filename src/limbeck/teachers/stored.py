@@ -19,13 +19,10 @@ import torch
 from limbeck.config.parts.teachers import StoredTeacherOptions
 from limbeck.errors import TeacherError
 from limbeck.needs import Need, TopK
-from limbeck.teachers.documents import Ask, PendingAnswers, TopKRows, asks_of, assemble
+from limbeck.teachers.documents import THREADS, Ask, PendingAnswers, TopKRows, asks_of, assemble
 from limbeck.teachers.store.manifest import Identity, read_manifest
 from limbeck.teachers.store.store import SignalStore
 from limbeck.types import Batch, Signal, TopKSignal, Visit
-
-THREADS = 4
-"""Micro-batches whose answers are read or asked for at one time."""
 
 
 class StoredTeacher:

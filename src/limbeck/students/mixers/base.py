@@ -43,8 +43,6 @@ class Measured:
 
     distance_H: Tensor
     """Mean distance in tokens that a head looks back."""
-    entropy_H: Tensor
-    """Mean entropy of a head's weights over the largest possible: 0 for one key, 1 for an even mean."""
 
     @property
     def rates_H(self) -> Tensor:
