@@ -45,6 +45,10 @@ class DataError(LimbeckError, ValueError):
     """Text, tokenizers or shards that are missing, damaged, or do not fit each other."""
 
 
+class AdapterError(LimbeckError, ValueError):
+    """LoRA files or targets that do not fit a model, or each other."""
+
+
 class CheckpointError(LimbeckError, RuntimeError):
     """A checkpoint or artefact that is missing, damaged or belongs to something else."""
 

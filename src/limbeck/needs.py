@@ -69,6 +69,21 @@ class Hidden(Need):
         return Hidden(tuple(sorted({*self.layers, *other.layers})))
 
 
+@dataclass(frozen=True)
+class AdapterFactors(Need):
+    """The teacher LoRA of every row's condition: A and B."""
+
+
+@dataclass(frozen=True)
+class InputMoments(Need):
+    """``E[x x^T]`` of the inputs of every Linear that adapters change, on the probes."""
+
+
+@dataclass(frozen=True)
+class Deltas(Need):
+    """How the teacher adapter of every row's condition moves the base's hidden states on probes, and the probes."""
+
+
 def merge_needs(needs: Iterable[Need]) -> dict[type[Need], Need]:
     """One need a class, in the order first seen."""
     merged: dict[type[Need], Need] = {}

@@ -28,6 +28,9 @@ class Batch:
     ``documents_BT`` numbers the documents of a row from 0, and is -1 on padding (padding is always at a row's end, and its
     positions restart at 0 as if it were a document of its own).  ``answered_BT`` is False where a teacher that may fail gave no
     answer (None: it answered everything); ``domains_BT`` numbers the domain of each token's document (None: there is one).
+
+    For adapters: ``adapters_B`` numbers the condition (and so the teacher adapter) of each row, -1 for a row of padding;
+    ``condition_BSC`` holds the S texts of at most C tokens by which a generator is told what adapter is wanted, padded with -1.
     """
 
     input_ids_BT: Tensor
@@ -36,6 +39,8 @@ class Batch:
     documents_BT: Tensor
     answered_BT: Tensor | None = None
     domains_BT: Tensor | None = None
+    adapters_B: Tensor | None = None
+    condition_BSC: Tensor | None = None
 
     @property
     def label_mask_BT(self) -> Tensor:
@@ -100,7 +105,7 @@ class Signal(dict[type[Need], Any]):
 
     def to(self, device: torch.device | str) -> Signal:
         """The same answers on another device; those of a network in this process are where it is."""
-        return Signal({need: value.to(device) if isinstance(value, TopKSignal) else value for need, value in self.items()})
+        return Signal({need: value.to(device) if hasattr(value, "to") else value for need, value in self.items()})
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,11 @@ class LossTerm:
 
 
 class Objective(Protocol):
-    """A loss.  ``count`` comes from the masks alone: it is summed over micro-batches and ranks before any forward."""
+    """A loss.  ``count`` comes from the masks alone: it is summed over micro-batches and ranks before any forward.
+
+    One that knows how a training goes wrong also has ``warning(validations) -> str | None``: a sentence about the held-out measures
+    so far, oldest first.
+    """
 
     name: str
     weight: float

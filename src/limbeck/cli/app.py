@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from limbeck import __version__
+from limbeck.cli.adapters import adapters
 from limbeck.cli.check import check
 from limbeck.cli.doctor import doctor
 from limbeck.cli.evaluate import evaluate
@@ -43,8 +44,8 @@ class _Verbs(TyperGroup):
             raise typer.Exit(INTERRUPTED) from error
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order in which they were added: first what one needs first."""
-        return list(self.commands)
+        """In the order in which they were added, first what one needs first, and verbs before groups of verbs."""
+        return sorted(self.commands, key=lambda name: isinstance(self.commands[name], TyperGroup))
 
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ app = typer.Typer(
 )  # fmt: skip
 for verb in (quickstart, init, check, run, prepare, report, evaluate, generate, export, teach, signals, ls, explain, schema, doctor):
     app.command()(verb)
+app.add_typer(adapters, name="adapters")
 
 
 def _version(wanted: bool) -> None:

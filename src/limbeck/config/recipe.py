@@ -14,7 +14,16 @@ from limbeck.config.parts.stages import STAGES
 from limbeck.config.ranking import ranking_problems
 from limbeck.errors import Problem, did_you_mean
 
-_WITHOUT_MODEL = ("prepare", "evaluate", "capture", "rank_layers")
+_WITHOUT_MODEL = ("prepare", "evaluate", "capture", "rank_layers", "prepare_conditions", "train_adapters", "measure_deltas", "evaluate_adapters")
+_WITHOUT_DATA = ("evaluate", "export", "rank_layers", "train_adapters", "measure_deltas", "evaluate_adapters")
+_MAKERS = {
+    "signals": ("capture", "makes no signals"),
+    "keep": ("rank_layers", "ranks no layers"),
+    "pool": ("train_adapters", "trains no pool of adapters"),
+    "deltas": ("measure_deltas", "measures no deltas"),
+    "conditions": ("prepare_conditions", "makes no conditions"),
+}
+"""The last word of a path before `.from` -> the kind of stage that makes what it names, and what is wrong with another."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -48,7 +57,11 @@ def references(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             item = getattr(value, name)
             if name == "from_" and isinstance(item, str):
                 yield (f"{path}.from" if path else "from"), item
-            elif name == "against":
+            elif name == "grid":
+                # A cell may read another stage: `teacher.deltas.from: [deltas_5, deltas_20]`.
+                swept = [(key, values) for key, values in item.items() if key.rsplit(".", 1)[-1] == "from"]
+                yield from ((key, value) for key, values in swept for value in values if isinstance(value, str))
+            elif name in ("against", "predictors"):
                 for i, other in enumerate(item):
                     if other not in ("teacher", "copy_init"):
                         yield f"{path}.{name}.{i}".lstrip("."), other
@@ -104,18 +117,16 @@ def reference_problems(edges: dict[str, list[tuple[str, str]]], kinds: dict[str,
                 hint = did_you_mean(target, edges) or ";"
                 message = f"no stage named {target!r}{hint} stages: {', '.join(edges)}"
                 problems.append(Problem("", f"stages.{name}.{path}", message))
-            elif path.endswith("signals.from"):
-                if (kind := kinds.get(target)) not in ("capture", None):
-                    problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it makes no signals"))
-            elif path.endswith("keep.from"):
-                if (kind := kinds.get(target)) not in ("rank_layers", None):
-                    problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it ranks no layers; name a rank_layers stage"))
+            elif (word := path.removesuffix(".from").rsplit(".", 1)[-1]) in _MAKERS:
+                maker, lack = _MAKERS[word]
+                if (kind := kinds.get(target)) not in (maker, None):
+                    problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it {lack}; name a {maker} stage"))
             elif kinds.get(name) == "rank_layers" and path == "from" and kinds.get(target) not in ("train", None):
                 message = f"stage {target!r} is of kind {kinds[target]}: name the train stage whose student has the mixers"
                 problems.append(Problem("", f"stages.{name}.{path}", message))
-            elif (kind := kinds.get(target)) in _WITHOUT_MODEL and not path.startswith("data"):
+            elif (kind := kinds.get(target)) in _WITHOUT_MODEL and not path.startswith("data") and (kind, path) != ("prepare", "tokenizer.from"):
                 problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it makes no model"))
-            elif kind in ("evaluate", "export", "rank_layers") and path == "data.from":
+            elif kind in _WITHOUT_DATA and path == "data.from":
                 problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it prepares no data"))
     done: set[str] = set()
 

@@ -37,7 +37,10 @@ def _facts(recipe: Recipe, stage: Any) -> list[tuple[str, str]]:
         facts.append(("loss", " + ".join(o.kind if o.weight == 1 else f"{o.weight:g} x {o.kind}" for o in stage.objectives)))
     if hasattr(stage, "optim"):
         facts.append(("rates", ", ".join(f"{g.role or g.match or 'all'} {g.lr:g}" for g in stage.optim.groups)))
-    if hasattr(stage, "loop"):
+    if stage.kind == "train_adapters":
+        facts += [("base", _source(stage.base)), ("conditions", f"those of stage {stage.conditions.from_}")]
+        facts.append(("budget", f"{stage.loop.steps:,} steps of {stage.loop.rows} rows an adapter, {stage.loop.precision}"))
+    elif hasattr(stage, "loop"):
         facts.append(("budget", _budget(stage.loop, _sequence(recipe, stage.data))))
     if hasattr(stage, "against"):
         facts.append(("against", ", ".join(stage.against) or "nothing"))

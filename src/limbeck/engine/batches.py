@@ -6,6 +6,7 @@ import math
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from limbeck.config.parts.stages import LoopOptions
 from limbeck.types import IGNORE, Batch
@@ -76,9 +77,15 @@ def split(batch: Batch, size: int | None) -> list[Batch]:
 def padding_like(batch: Batch) -> Batch:
     """A micro-batch in which nothing counts: for a rank that has fewer rows than the others but must join every collective."""
     positions_BT = torch.arange(batch.input_ids_BT.shape[1]).expand(1, -1)
+
+    def none_of(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.new_full((1, *part.shape[1:]), -1)
+
     return Batch(
         input_ids_BT=torch.zeros_like(positions_BT),
         labels_BT=torch.full_like(positions_BT, IGNORE),
         position_ids_BT=positions_BT.clone(),
         documents_BT=torch.full_like(positions_BT, -1),
+        adapters_B=none_of(batch.adapters_B),
+        condition_BSC=none_of(batch.condition_BSC),
     )

@@ -109,6 +109,8 @@ class Trainer:
         self.at = _Position()
         self.window = Window()
         self.advised = False
+        self.validations: list[dict[str, float]] = []
+        self.warned: str | None = None
         step.to(self.world.device)
         self._shard(groups)
 
@@ -442,6 +444,12 @@ class Trainer:
         if writer is not None:
             writer.write({"step": self.at.step, **{f"validation/{name}": value for name, value in values.items()}})
             self.voice.say(f"step {self.at.step}: held-out loss {values['loss']:.4f}")
+        self.validations.append(values)
+        for objective in self.train_step.objectives:
+            warning = getattr(objective, "warning", lambda history: None)(self.validations)
+            if warning is not None and warning != self.warned:
+                self.warned = warning
+                self.voice.say(f"WARNING: step {self.at.step}: {warning}")
         self.window.started += time.perf_counter() - began
 
     def _save(self, position: dict[str, int], *, final: bool = False, required: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -17,12 +18,22 @@ def outer_units(student: nn.Module) -> list[nn.Module]:
 
 
 def recompute(unit: nn.Module) -> None:
-    """Make a unit recompute.  Keyword inputs, which carry the packing, are kept as they are."""
+    """Make a unit recompute.  Keyword inputs, which carry the packing, are kept as they are.
+
+    It recomputes in the context variables of its first run: the backward pass may come after they were reset, or on a thread
+    that never had them.
+    """
     forward = unit.forward
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        context = copy_context()
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            # A context can be entered once at a time, and units may be nested.
+            return context.copy().run(forward, *args, **kwargs)
+
+        return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
     unit.forward = recomputed

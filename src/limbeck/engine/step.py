@@ -122,8 +122,14 @@ class TrainStep(nn.Module):
         shares = [
             self._account(metrics, i, objective(output, signal, batch), objective.count(batch), scale)
             for i, (objective, scale) in enumerate(zip(self.objectives, scales, strict=True))
+            if not (torch.is_grad_enabled() and self._only_watched(objective))
         ]
         return torch.stack(shares).sum(), metrics
+
+    @staticmethod
+    def _only_watched(objective: Any) -> bool:
+        """Whether a loss has weight 0 for good: it is measured in validations, and costs a training step nothing."""
+        return objective.weight == 0 and getattr(objective, "schedule", None) is None
 
     def run(self, batch: Batch, signal: Signal, scales: Sequence[float]) -> Metrics:
         """Forward and backward of one micro-batch; gradients add up."""

@@ -32,6 +32,19 @@ def forward_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
     return _packed(model, batch) if getattr(model, FLAG) else _unpacked(model, batch)
 
 
+def rows_seen(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    """The batch's row of every row that the model's Linears see, int64 ``[documents]``; None where they see the batch's own.
+
+    For what is applied row by row: a family that cannot pack sees documents as rows.
+    """
+    if not hasattr(model, FLAG):
+        leak_probe(model)
+    if getattr(model, FLAG):
+        return None
+    rows_BT = torch.arange(batch.input_ids_BT.shape[0], device=batch.input_ids_BT.device)[:, None].expand_as(batch.input_ids_BT)
+    return rows_BT[_starts(batch)]
+
+
 def packing_kwargs(batch: Batch) -> dict[str, Any]:
     """Document boundaries under the names that transformers and our mixers read.
 

@@ -24,15 +24,10 @@ Rotary = tuple[Tensor, Tensor]
 """``(cos, sin)`` as transformers hands them down, ``[B or 1, T, rotary width]``."""
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers: the one list of ``num_hidden_layers`` modules that each hold one attention (or mixer).
-
-    Encoder-decoder models, multi-head latent attention and layers that are linear already are refused by name.
-    """
+def layer_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The one list of ``num_hidden_layers`` modules that each hold one attention or mixer, of whatever kind."""
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder: Limbeck converts decoder-only causal language models")
     lists = [
         (path, module)
         for path, module in backbone(model).named_modules()
@@ -47,7 +42,18 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         raise ModelError(
             f"{name} has several lists of decoder layers ({', '.join(path for path, _ in lists)}): load its text model alone"
         )
-    layers = lists[0][1]
+    return lists[0][1]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers, each with softmax attention or a mixer of ours in its place.
+
+    Encoder-decoder models, multi-head latent attention and layers that are linear already are refused by name.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder: Limbeck converts decoder-only causal language models")
+    layers = layer_list(model)
     for index, layer in enumerate(layers):
         linear = [slot for slot in LINEAR_SLOTS if isinstance(getattr(layer, slot, None), nn.Module)]
         if linear:

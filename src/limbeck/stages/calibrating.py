@@ -21,13 +21,13 @@ FILE = "calibration.json"
 ROWS_A_PASS = 4
 
 
-def calibrate(context: StageContext, student: Student, teacher: Any, rows: TokenRows) -> None:
+def calibrate(context: StageContext, student: Any, teacher: Any, rows: Any) -> None:
     """Fit the mixers that this stage has just made to the attention of their base, which is the loaded ``teacher``.
 
     The first rank measures; all ranks set what is in the file.  A stage that goes on from a checkpoint reads it again: the student
     is made anew at every start, and what does not train is in no checkpoint.
     """
-    wanted = calibrated_layers(student) if context.options.student.surgery else {}
+    wanted = calibrated_layers(student) if isinstance(student, Student) and context.options.student.surgery else {}
     if not wanted or context.options.teacher.provides(AttentionStream()) is not True:
         return
     num_rows = max(wanted.values())

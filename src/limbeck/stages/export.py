@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from limbeck.adapters.peft_files import write_peft
 from limbeck.config.parts.stages import ExportStageOptions
+from limbeck.config.recipe import NAME
+from limbeck.data.conditions.store import ConditionSet
+from limbeck.data.tokenizer import encode, prefix_ids
 from limbeck.engine.checkpoint import load_parameters
 from limbeck.errors import RunError, did_you_mean
 from limbeck.export.native import write_native
-from limbeck.models.loading import load_model, save_model
+from limbeck.models.loading import load_model, load_tokenizer, save_model
 from limbeck.report.card import model_card
 from limbeck.report.run import read_run
+from limbeck.stages.adapting import conditions_stage, open_conditions, open_generator
 from limbeck.stages.context import Say, StageContext
-from limbeck.stages.folder import read_json
+from limbeck.stages.folder import digest, read_json
 from limbeck.stages.run import open_stage
 from limbeck.stages.train import student_of, trained_model
+from limbeck.stages.train_adapters import safe
+from limbeck.students.generator.student import WEIGHTS, is_generator
 
 
 class ExportStage:
@@ -33,14 +43,85 @@ class ExportStage:
     def run(self) -> None:
         """Write each format."""
         folder = trained_model(self.context, self.options.from_)
+        if is_generator(folder) != ("peft" in self.options.to):
+            made, wanted = ("a LoRA generator", "`to: peft`") if is_generator(folder) else ("a model", "`hf` or `native`")
+            raise RunError(f"stage '{self.context.name}': stage '{self.options.from_}' trained {made}: export it with {wanted}")
+        if "peft" in self.options.to:
+            self.context.once(partial(self._adapters, folder))
+            return
         for form in self.options.to:
             out = self.context.folder / "export" / form
-            self.context.once(partial(export_model, folder, out, self.options.dtype, self.context.run_dir, form))
+            self.context.once(partial(export_model, folder, out, self.options.dtype or "bfloat16", self.context.run_dir, form))
             self.context.say(f"  {out}")
 
 
+    def _adapters(self, folder: Path) -> None:
+        context, options = self.context, self.options
+        stage = conditions_stage(context, getattr(context.stage_options(options.from_), "data", None))
+        wanted: dict[str, Any] = dict(options.prompts)
+        conditions = None if stage is None else open_conditions(context, stage)
+        for pattern in options.conditions:
+            known = {c.name: c.id for c in conditions.conditions} if conditions is not None else {}
+            found = [name for name in known if fnmatchcase(name, pattern)]
+            if not found:
+                raise RunError(f"stage '{context.name}': conditions: no condition matches {pattern!r}{did_you_mean(pattern, known) or ''}")
+            wanted |= {name: known[name] for name in found}
+        export_adapters(context, folder, context.folder / "export" / "peft", wanted, options.dtype or "float32", conditions)
+
+
+def export_adapters(
+    context: StageContext, folder: Path, out: Path, wanted: dict[str, Any], dtype: str, conditions: ConditionSet | None = None
+) -> list[Path]:
+    """One PEFT folder for each of ``wanted``: a name, and the number of a condition or the texts that the generator reads."""
+    student = open_generator(context, folder, conditions, dtype=torch.float32)
+    tokenizer = load_tokenizer(str(folder))
+    written = []
+    for number, (name, source) in enumerate(wanted.items()):
+        if isinstance(source, int):
+            assert conditions is not None
+            ids = torch.from_numpy(conditions.texts.of(np.array([source])))
+        else:
+            ids = condition_of(list(source), tokenizer, *student.text_shape)
+        with torch.no_grad():
+            adapters = student.generate(ids).detach()
+        target = out / (name if NAME.fullmatch(name) else safe(name, number))
+        provenance = {
+            "generator": digest(fingerprint_of(folder)),
+            "condition": name,
+            "condition_hash": digest(ids.tolist()),
+            "base": student.base["fingerprint"],
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        write_peft(adapters, 0, target, base=student.base["source"], provenance=provenance, dtype=getattr(torch, dtype))
+        context.say(f"  {target}")
+        written.append(target)
+    return written
+
+
+def condition_of(texts: list[str], tokenizer: Any, num_texts: int, num_tokens: int) -> torch.Tensor:
+    """Texts as a generator reads them, int64 ``[1, S, C]``, padded with -1; more than S texts, or a text of no token, is an error."""
+    if len(texts) > num_texts:
+        raise RunError(f"{len(texts)} prompts, and this generator reads at most {num_texts}: give fewer")
+    ids = torch.full((1, num_texts, num_tokens), -1)
+    for row, text in enumerate(texts):
+        found = encode(tokenizer, [text])[0]
+        if not found:
+            raise RunError(f"prompt {row + 1} has no token: give text")
+        found = [*prefix_ids(tokenizer), *found][:num_tokens]
+        ids[0, row, : len(found)] = torch.tensor(found)
+    return ids
+
+
+def fingerprint_of(folder: Path) -> str:
+    """SHA-256 of a generator's weights."""
+    with open(folder / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 FORMATS: dict[str, Callable[..., None]] = {"hf": save_model, "native": write_native}
-"""Writers by format."""
+"""Writers of models by format."""
+PEFT = "peft"
+"""What a LoRA generator writes."""
 
 
 def export_model(folder: Path, out: Path, dtype: str, run_dir: Path | None = None, form: str = "hf") -> Path:
@@ -52,13 +133,18 @@ def export_model(folder: Path, out: Path, dtype: str, run_dir: Path | None = Non
 
 
 def export_path(
-    run_or_model: str, *, to: str = "hf", output: Path | None = None, dtype: str = "bfloat16", say: Say = print
+    run_or_model: str, *, to: str = "hf", output: Path | None = None, dtype: str | None = None, prompts: Sequence[str] = (), say: Say = print
 ) -> Path:
-    """Export ``RUN/STAGE``, ``RUN/STAGE@STEP`` (a checkpoint) or a model folder."""
-    if to not in FORMATS:
-        raise RunError(f"--to {to}: not a format{did_you_mean(to, FORMATS) or ';'} allowed: {', '.join(FORMATS)}")
-    if dtype not in ("float32", "bfloat16"):
+    """Export ``RUN/STAGE``, ``RUN/STAGE@STEP`` (a checkpoint) or a model folder; of a LoRA generator, the adapter for ``prompts``."""
+    if to not in (*FORMATS, PEFT):
+        raise RunError(f"--to {to}: not a format{did_you_mean(to, (*FORMATS, PEFT)) or ';'} allowed: {', '.join((*FORMATS, PEFT))}")
+    if dtype not in (None, "float32", "bfloat16"):
         raise RunError(f"--dtype {dtype}: allowed are float32 and bfloat16")
+    if to == PEFT:
+        return _export_generated(Path(run_or_model).resolve(), output, dtype or "float32", prompts)
+    dtype = dtype or "bfloat16"
+    if prompts:
+        raise RunError(f"--prompt: is what a LoRA generator reads: it goes with --to {PEFT}")
     match = re.fullmatch(r"(.+)@(\d+)", run_or_model)
     path = Path(match[1] if match else run_or_model).resolve()
     if match:
@@ -71,6 +157,21 @@ def export_path(
         raise RunError(f"{run_or_model}: neither a model folder (no config.json) nor a finished train stage{hint}")
     in_run = folder != path and (path.parent / "recipe.json").exists()
     return export_model(folder, output or path / "export" / to, dtype, path.parent if in_run else None, to)
+
+
+def _export_generated(path: Path, output: Path | None, dtype: str, prompts: Sequence[str]) -> Path:
+    folder = path / "model" if (path / "model").is_dir() else path
+    if not is_generator(folder):
+        raise RunError(f"{path}: holds no trained LoRA generator, and --to peft writes what one generates")
+    if not prompts:
+        raise RunError("--to peft: a generator needs something to read: give it by --prompt TEXT (several times for several texts)")
+    if folder == path:
+        raise RunError(f"{path}: name the generator's stage, RUN/STAGE: its run knows where the base lies")
+    context = open_stage(path)
+    context.say = lambda line: None
+    out = output or path / "export" / "peft"
+    (written,) = export_adapters(context, folder, out.parent, {out.name: list(prompts)}, dtype)
+    return written
 
 
 def _export_checkpoint(stage_folder: Path, step: int, out: Path, dtype: str, say: Say, form: str) -> Path:

@@ -5,7 +5,7 @@ runs/<recipe>/
   environment.json             versions, machine, command
   data/<key>/                  prepared text, shared by the stages that use it
   <stage>/stage.json           kind, key, status, options, seconds
-  <stage>/{model,data,signals,ranking,evaluation,export}/   its one artefact
+  <stage>/{model,data,conditions,signals,ranking,adapters,deltas,evaluation,export}/   its one artefact
   <stage>/metrics.jsonl, checkpoints/       of a train stage
   <stage>.stale-1/             what an earlier recipe made, set aside
 """
@@ -21,7 +21,18 @@ from typing import Any
 
 from limbeck.errors import CheckpointError
 
-ARTEFACTS = {"train": "model", "prepare": "data", "capture": "signals", "rank_layers": "ranking", "evaluate": "evaluation", "export": "export"}
+ARTEFACTS = {
+    "prepare": "data",
+    "prepare_conditions": "conditions",
+    "train": "model",
+    "capture": "signals",
+    "rank_layers": "ranking",
+    "train_adapters": "adapters",
+    "measure_deltas": "deltas",
+    "evaluate": "evaluation",
+    "evaluate_adapters": "evaluation",
+    "export": "export",
+}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -28,6 +28,7 @@ from limbeck.config.base import From
 from limbeck.config.parts.stages import STAGES, DataOptions
 from limbeck.config.plugins import load_plugin
 from limbeck.config.recipe import Recipe, references, stage_order
+from limbeck.data.conditions.build import input_files as condition_files
 from limbeck.data.prepare import input_files
 from limbeck.engine.lock import RunLock
 from limbeck.engine.parallel import World, connect
@@ -105,7 +106,7 @@ def prepare_recipe(recipe: Recipe, *, recipe_dir: Path, run_dir: Path | None = N
         for name in stage_order(recipe):
             options = recipe.stages[name]
             context = run.context(name, options, run_dir / name)
-            if options.kind == "prepare":
+            if options.kind == "prepare" or (options.kind == "prepare_conditions" and isinstance(options.tokenizer, str)):
                 key = stage_key(recipe, name, recipe_dir)
                 if not StageFolder(run_dir / name).finished(key):
                     _set_aside(recipe, run_dir, [name], {name: key}, False, say)
@@ -247,6 +248,8 @@ def stage_key(recipe: Recipe, name: str, recipe_dir: Path) -> str:
     data = getattr(options, "data", None)
     if isinstance(data, DataOptions):
         files["data"] = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in input_files(data, recipe_dir)}
+    if options.kind == "prepare_conditions":
+        files["sources"] = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in condition_files(options, recipe_dir)}
     return digest([resolved, {other: stage_key(recipe, other, recipe_dir) for _, other in references(options)}, files])
 
 

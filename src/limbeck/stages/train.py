@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ import torch
 from limbeck.config.parts.objectives import OBJECTIVES
 from limbeck.config.parts.stages import StudentOptions, TrainStageOptions
 from limbeck.config.parts.teachers import TEACHERS
+from limbeck.data.conditions.loaders import ConditionLoader
+from limbeck.data.conditions.rows import ConditionRows
+from limbeck.data.conditions.spread import SpreadRows
+from limbeck.data.conditions.store import ConditionSet
 from limbeck.data.dataset import TokenRows
 from limbeck.data.loader import Loader
 from limbeck.engine.loop import Trainer, TrainResult
@@ -19,13 +25,43 @@ from limbeck.errors import RunError
 from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import check_vocabulary, shared_ids
 from limbeck.needs import AttentionStream, merge_needs
+from limbeck.stages.adapting import (
+    build_adapters_teacher,
+    build_reader,
+    conditions_stage,
+    measured_deltas,
+    open_conditions,
+    reads_conditions,
+)
 from limbeck.stages.calibrating import calibrate
 from limbeck.stages.context import StageContext
 from limbeck.stages.folder import digest
 from limbeck.stages.teaching import build_teacher, check_teacher_vocabulary, tell_domains
+from limbeck.students.generator.student import ConditionedStudent
 from limbeck.students.selection import parameter_groups, select_trainable
 from limbeck.students.stochastic_depth import skip_attention
 from limbeck.students.student import Student, build_student
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """What a stage trains and validates on."""
+
+    rows: TokenRows | ConditionRows
+    held_out: TokenRows | SpreadRows | None
+    tokenizer: str
+    identity: str
+    """What a run that goes on must find again."""
+    domains: tuple[str, ...] = ()
+    conditions: ConditionSet | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to train on."""
+        if isinstance(self.rows, TokenRows):
+            return self.rows.num_tokens
+        found = self.rows.conditions.conditions
+        return sum(found[i].tokens["train"] for i in self.rows.ids)
 
 
 class TrainStage:
@@ -38,36 +74,56 @@ class TrainStage:
     def run(self) -> None:
         """Train up to the budget and save the student; an interrupted run goes on from its newest checkpoint."""
         context, options = self.context, self.options
-        folder, data = context.data(options.data)
-        rows = TokenRows(folder, "train")
-        held_out = TokenRows(folder, "held_out") if data.held_out else None
-        context.check_unseen(context.name, folder)
-        tokenizer_source = str(folder / "tokenizer")
-
-        dtype = torch.float64 if options.loop.precision == "float64" else torch.float32
-        device = context.world.device
-        student = student_of(context, options.student, seed=options.seed, dtype=dtype).to(device)
+        text = self._text()
+        student = self._student(text).to(context.world.device)
         if options.student.skip_attention:
             skip_attention(student.model, options.student.skip_attention)
-        tokenizer = load_tokenizer(tokenizer_source)
+        tokenizer = load_tokenizer(text.tokenizer)
         check_vocabulary(tokenizer, student.model, who="the student")
-        teacher = self._teacher(student, tokenizer)
+        teacher = self._teacher(student, tokenizer, text)
         try:
-            result = self._train(student, teacher, rows, held_out, tokenizer)
+            result = self._train(student, teacher, text, tokenizer)
         finally:
             getattr(teacher, "close", lambda: None)()
-        context.facts["result"] = {"loss": result.loss, "tokens": result.tokens, "steps": result.steps}
+        held_out = {f"held_out/{name}": value for name, value in last_validation(context.folder / "metrics.jsonl").items()}
+        context.facts["result"] = {"loss": result.loss, "tokens": result.tokens, "steps": result.steps, **held_out}
         if result.exit_reason != "finished":
             raise KeyboardInterrupt(result.exit_reason)
-        state = full_state_dict(student.model)
-        context.once(lambda: student.save(context.folder / "model", tokenizer_source=tokenizer_source, state_dict=state))
+        state = full_state_dict(student.trained)
+        context.once(lambda: student.save(context.folder / "model", tokenizer_source=text.tokenizer, state_dict=state))
 
-    def _train(self, student: Student, teacher: Any, rows: TokenRows, held_out: TokenRows | None, tokenizer: Any) -> TrainResult:
+    def _text(self) -> TrainingText:
         context, options = self.context, self.options
+        if (stage := conditions_stage(context, options.data)) is not None:
+            conditions = open_conditions(context, stage)
+            seen = conditions.split("seen")
+            rows, held_out = conditions.rows(seen), SpreadRows(conditions.rows(seen, "test"))
+            return TrainingText(rows, held_out, str(conditions.tokenizer), conditions.digest, conditions=conditions)
+        folder, data = context.data(options.data)
+        packed = TokenRows(folder, "train")
+        context.check_unseen(context.name, folder)
+        side = TokenRows(folder, "held_out") if data.held_out else None
+        return TrainingText(packed, side, str(folder / "tokenizer"), packed.folder.name, tuple(packed.info.domains))
+
+    def _student(self, text: TrainingText) -> Student | ConditionedStudent:
+        context, options = self.context, self.options
+        dtype = torch.float64 if options.loop.precision == "float64" else torch.float32
+        if not reads_conditions(context, options.student):
+            return student_of(context, options.student, seed=options.seed, dtype=dtype)
+        if text.conditions is None:
+            raise RunError(
+                f"stage '{context.name}': this student reads conditions, and `data` is plain text: name a prepare_conditions stage, "
+                "`data: {from: STAGE}`"
+            )
+        deltas = measured_deltas(context, options.teacher)
+        return build_reader(context, options.student, text.conditions, seed=options.seed, dtype=dtype, deltas=deltas)
+
+    def _train(self, student: Any, teacher: Any, text: TrainingText, tokenizer: Any) -> TrainResult:
+        context, options, rows = self.context, self.options, text.rows
         if teacher is not None:
             teacher.load(context.world.device)
             check_teacher_vocabulary(teacher, tokenizer)
-            tell_domains(teacher, rows.info.domains)
+            tell_domains(teacher, text.domains)
             if hasattr(teacher, "num_ids") and teacher.module is not None:
                 # Rows that only one of two padded heads has are masked.
                 teacher.num_ids = student.num_ids = shared_ids(tokenizer, student.model, teacher.module)
@@ -78,11 +134,12 @@ class TrainStage:
         groups = parameter_groups(student, options.optim.groups)
 
         rows_per_step = max(1, round(options.loop.batch_tokens / rows.sequence))
-        loader = Loader(rows, rows_per_step, seed=options.seed, rank=context.world.rank, world=context.world.size)
+        dealing: Any = ConditionLoader if isinstance(rows, ConditionRows) else Loader
+        loader = dealing(rows, rows_per_step, seed=options.seed, rank=context.world.rank, world=context.world.size)
         context.say(
             f"  {sum(p.numel() for p in student.parameters()) / 1e6:.2f}M parameters, "
             f"{sum(p.numel() for _, group in groups for _, p in group) / 1e6:.2f}M train; "
-            f"{rows.num_tokens / 1e6:.2f}M tokens, {rows_per_step} rows of {rows.sequence} a step"
+            f"{text.num_tokens / 1e6:.2f}M tokens, {rows_per_step} rows of {rows.sequence} a step"
         )
         trainer = Trainer(
             step,
@@ -93,14 +150,14 @@ class TrainStage:
             folder=context.folder,
             seed=options.seed,
             world=context.world,
-            validation_rows=held_out,
+            validation_rows=text.held_out,
             console=context.console,
             title=context.name,
-            identity={"data": rows.folder.name, "teacher": digest(teacher.fingerprint()) if teacher else "none"},
+            identity={"data": text.identity, "teacher": digest(teacher.fingerprint()) if teacher else "none"},
         )
         return trainer.run()
 
-    def _step(self, student: Student, teacher: Any) -> TrainStep:
+    def _step(self, student: Any, teacher: Any) -> TrainStep:
         options = self.options
         objectives = [OBJECTIVES.build(objective) for objective in options.objectives]
         needs = merge_needs(need for objective in options.objectives for need in objective.needs())
@@ -115,11 +172,19 @@ class TrainStage:
             )
         return StreamingTrainStep(student, objectives[0], teacher)
 
-    def _teacher(self, student: Student, tokenizer: Any) -> Any:
+    def _teacher(self, student: Any, tokenizer: Any, text: TrainingText) -> Any:
         """The teacher, not yet loaded; None without one."""
         options = self.options.teacher
         if options is None:
             return None
+        if options.kind == "adapters":
+            if text.conditions is None or not isinstance(student, ConditionedStudent):
+                raise RunError(
+                    f"stage '{self.context.name}': teacher 'adapters' answers for conditions: it teaches a LoRA generator on the data of a "
+                    "prepare_conditions stage"
+                )
+            needs = merge_needs(need for objective in self.options.objectives for need in objective.needs())
+            return build_adapters_teacher(self.context, options, text.conditions, student, needs)
         if options.kind != "self":
             return build_teacher(self.context, options, num_ids=max(tokenizer.get_vocab().values()) + 1)
         if student.base_source is None:
@@ -141,3 +206,11 @@ def trained_model(context: StageContext, stage: str) -> Path:
     if kind != "train":
         raise RunError(f"stage '{context.name}': '{stage}' is a {kind} stage and has no model; name a train stage")
     return context.artefact(stage, "model")
+
+
+def last_validation(metrics: Path) -> dict[str, float]:
+    """The plain measures of a run's last validation (losses with their weights are left out); empty if there was none."""
+    mark = "validation/"
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if mark in line]
+    last = lines[-1] if lines else {}
+    return {name.removeprefix(mark): value for name, value in last.items() if name.startswith(mark) and name.count("/") == 1}

@@ -28,7 +28,7 @@ def select_trainable(student: Any, patterns: Iterable[str]) -> list[str]:
         if not found:
             raise ModelError(f"student.train: {_nothing(pattern, roles)}")
         chosen.update(found)
-    for name, parameter in student.model.named_parameters():
+    for name, parameter in student.trained.named_parameters():
         parameter.requires_grad_(name in chosen)
     return [name for name in roles if name in chosen]
 
@@ -41,7 +41,7 @@ def parameter_groups(student: Any, groups: Sequence[GroupOptions]) -> list[tuple
     roles: dict[str, str] = student.roles
     claimed: list[tuple[GroupOptions, list[tuple[str, nn.Parameter]]]] = [(group, []) for group in groups]
     left = []
-    for name, parameter in student.model.named_parameters():
+    for name, parameter in student.trained.named_parameters():
         if not parameter.requires_grad:
             continue
         for group, members in claimed:
@@ -52,7 +52,7 @@ def parameter_groups(student: Any, groups: Sequence[GroupOptions]) -> list[tuple
             left.append(name)
     for index, (group, members) in enumerate(claimed):
         if not members:
-            raise ModelError(f"optim.groups.{index}: {_why_empty(group, roles, [n for n, p in student.model.named_parameters() if p.requires_grad])}")
+            raise ModelError(f"optim.groups.{index}: {_why_empty(group, roles, [n for n, p in student.trained.named_parameters() if p.requires_grad])}")
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         raise ModelError(

@@ -40,6 +40,11 @@ class Student(nn.Module):
         leak_probe(model)
 
     @property
+    def trained(self) -> nn.Module:
+        """What may train, and what is saved: names of parameters start here."""
+        return self.model
+
+    @property
     def surgeries(self) -> list[Any]:
         """The surgeries that made the student, in order; none for a plain model."""
         return surgeries_of(self.model.config) if hasattr(self.model.config, "limbeck") else []

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from limbeck.config.base import Count, Options, Part
-from limbeck.needs import AttentionStream, HeadHidden, Need, TopK
+from limbeck.needs import AdapterFactors, AttentionStream, Deltas, HeadHidden, InputMoments, Need, TopK
 from limbeck.registry import Registry
 
 OBJECTIVES = Registry("objective")
@@ -38,7 +38,8 @@ class ObjectiveOptions(Part):
     """Fields that every objective has."""
 
     weight: Weight | Ramp = 1.0
-    """Factor of this loss in the sum; `{ramp: [0, 0.1], steps: 500}` goes from one to the other."""
+    """Factor of this loss in the sum; `{ramp: [0, 0.1], steps: 500}` goes from one to the other.  With 0 it is measured in validations
+    alone, and costs training nothing."""
 
     @property
     def schedule(self) -> Ramp | None:
@@ -152,3 +153,61 @@ class AttentionAlignmentOptions(ObjectiveOptions):
 
     def needs(self) -> tuple[Need, ...]:
         return (AttentionStream(),)
+
+
+@OBJECTIVES.register("limbeck.objectives.weights:Weights")
+class WeightsOptions(ObjectiveOptions):
+    """The generated LoRA equals the teacher's; each adapter counts as one."""
+
+    kind: Literal["weights"] = "weights"
+    loss: Literal["product", "whitened", "canonical", "mse"] = "product"
+    """`product`: squared error of dW over the teacher's dW squared, by r x r products; `whitened`: the same after the inputs that
+    the Linears see on the probes, which is the error of their outputs; `canonical`: mean squared error of A and B against the
+    teacher's in a fixed gauge; `mse`: against the teacher's own A and B (Drag-and-Drop's), which means something only if all
+    teachers began alike."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return (AdapterFactors(), InputMoments()) if self.loss == "whitened" else (AdapterFactors(),)
+
+
+class ProbedOptions(ObjectiveOptions):
+    """Fields of the objectives that run the base with generated adapters on probes."""
+
+    microbatch: int | None = Field(None, ge=1)
+    """Adapters whose probes run at one time; the backward pass then computes them again.  All of them by default."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of the probes: a delta is a small difference of large states, and bfloat16 loses part of it."""
+
+
+@OBJECTIVES.register("limbeck.objectives.delta:Delta")
+class DeltaObjectiveOptions(ProbedOptions):
+    """The generated LoRA moves the base's hidden states on probes as the teacher does; each adapter counts as one."""
+
+    kind: Literal["delta"] = "delta"
+    loss: Literal["relative", "mse", "cosine"] = "relative"
+    """`relative`: squared error over the teacher's delta squared; `mse`: mean squared error over its numbers; `cosine`: 1 - cosine,
+    which leaves the size free."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Deltas(),)
+
+
+@OBJECTIVES.register("limbeck.objectives.tether:Tether")
+class TetherOptions(ProbedOptions):
+    """KL(base || base with the generated LoRA) on the probes' tokens, in nats a token: what no delta asks for stays as it was."""
+
+    kind: Literal["tether"] = "tether"
+    chunk: int | None = Field(None, ge=1)
+    """Tokens whose logits exist at one time; null: 128 on a CPU, 1024 elsewhere."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Deltas(),)
+
+
+@OBJECTIVES.register("limbeck.objectives.norm_penalty:NormPenalty")
+class NormPenaltyOptions(ObjectiveOptions):
+    """The size of what is generated; each adapter counts as one."""
+
+    kind: Literal["norm_penalty"] = "norm_penalty"
+    of: Literal["factors", "product"] = "factors"
+    """`factors`: mean square of A plus mean square of B (Text-to-LoRA's); `product`: the mean square of dW."""

@@ -238,6 +238,8 @@ class TrainStageOptions(StageOptions):
             merge_needs(need for objective in self.objectives for need in objective.needs())
         except ValueError as error:
             gaps.append(str(error))
+        if all(objective.weight == 0 for objective in self.objectives):
+            gaps.append("every objective has weight 0, so nothing would train: give one of them a weight")
         streaming = [o.kind for o in self.objectives if o.kind == "attention_alignment"]
         if streaming and len(self.objectives) > 1:
             gaps.append("objective 'attention_alignment' streams layer by layer and stands alone: the others need a later stage")
@@ -363,11 +365,25 @@ class ExportStageOptions(StageOptions):
     kind: Literal["export"] = "export"
     from_: str = Field(alias="from")
     """The train stage whose model is exported."""
-    to: Annotated[tuple[Literal["hf", "native"], ...], Field(min_length=1), OneOrMany()] = ("hf",)
+    to: Annotated[tuple[Literal["hf", "native", "peft"], ...], Field(min_length=1), OneOrMany()] = ("hf",)
     """`hf`: a Hugging Face folder, which `import limbeck` loads.  `native`: the same function as a `Qwen3_5ForCausalLM`, which stock
-    transformers and servers load; for Qwen3-style teachers and mixers of the preset `native`."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Weights' dtype in the folder."""
+    transformers and servers load; for Qwen3-style teachers and mixers of the preset `native`.  `peft`: what a LoRA generator writes
+    for some conditions, one PEFT folder each."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Weights' dtype in the folder; bfloat16 by default, float32 for `peft`."""
+    conditions: tuple[str, ...] = ()
+    """`peft`: conditions of the generator's data for which adapters are written, by name or by a pattern such as `math/*`."""
+    prompts: dict[str, Annotated[tuple[str, ...], Field(min_length=1), OneOrMany()]] = Field(default_factory=dict)
+    """`peft`: texts that the generator reads, by the name of the adapter that it writes for them."""
+
+    @model_validator(mode="after")
+    def _what_for(self) -> ExportStageOptions:
+        given = bool(self.conditions or self.prompts)
+        if ("peft" in self.to) != given:
+            raise ValueError("`to: peft` writes the adapters that a generator makes for `conditions` or `prompts`: give both or neither")
+        if "peft" in self.to and len(self.to) > 1:
+            raise ValueError("`to: peft` is for LoRA generators and the others for models: use two stages")
+        return self
 
 
 RANKING = ("ga_s2", "greedy", "restore_one", "replace_one", "halo", "residual")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from limbeck.config.base import Part, PartOf
+from limbeck.config.base import From, OneOrMany, Options, Part, PartOf, Place
 from limbeck.config.parts.mixers import MIXERS
 from limbeck.registry import Registry
 
@@ -28,3 +28,89 @@ class HybridizeOptions(Part):
     gqa: Literal["heads", "rows"] = "heads"
     """How grouped key/value weights are expanded to one head a query head.  `rows` repeats weight rows as the reference
     repository did, which scrambles every head: it exists as a control for experiments."""
+
+
+class ReaderOptions(Options):
+    """How condition states become a few latent vectors."""
+
+    kind: Literal["perceiver", "transformer"] = "perceiver"
+    """`perceiver`: learned latents attend to all states of all texts; `transformer`: a plain encoder over the states, averaged to
+    one vector."""
+    blocks: int = Field(2, ge=1)
+    """Blocks of cross-attention, self-attention and MLP (perceiver), or encoder layers."""
+    heads: int = Field(4, ge=1)
+    """Attention heads."""
+    latents: int = Field(16, ge=1)
+    """Latent vectors (perceiver)."""
+
+
+@SURGERIES.register("limbeck.students.generator.student:GeneratorStudent")
+class LoraGeneratorOptions(Part):
+    """A network that reads a condition and emits a LoRA for the frozen base."""
+
+    kind: Literal["lora_generator"] = "lora_generator"
+    targets: Annotated[tuple[str, ...], Field(min_length=1), OneOrMany()] = ("attention",)
+    """Linears that the LoRA changes: `attention`, `mlp`, `all`, or names such as `q_proj`, as the loaded model has them."""
+    rank: int = Field(16, ge=1)
+    """Rank of the LoRA."""
+    alpha: float = Field(32.0, gt=0)
+    """The LoRA is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    condition: Literal["base", "sentence", "none"] = "base"
+    """Whose states are read: the frozen base's own, a sentence encoder's, or none at all: one static LoRA for every condition,
+    the control that a generator has to beat."""
+    layer: int | None = None
+    """Layer of the base whose states are read (negative ones count from the end); two thirds of the way up by default."""
+    encoder: Place | None = None
+    """Folder or hub name of the sentence encoder."""
+    decoder: Literal["queries", "hyperconv"] = "queries"
+    """`queries`: one query a layer, Linear and rank, heads shared by layers and ranks.  `hyperconv`: cascaded convolutions that
+    write the tokens of Drag-and-Drop, the published baseline."""
+    width: int = Field(128, ge=8)
+    """Width of the generator."""
+    trunk: int = Field(2, ge=0)
+    """Residual MLP blocks between the queries and the heads."""
+    reader: ReaderOptions = ReaderOptions()
+    """How the states are read."""
+    start: From | Place | None = None
+    """A LoRA that every generated one begins as: a PEFT folder, or `{from: stage}` of a static generator.  By default A is drawn
+    as PEFT does and B is 0."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LoraGeneratorOptions:
+        if (self.condition == "sentence") != (self.encoder is not None):
+            raise ValueError("`encoder` names the sentence encoder of `condition: sentence`: give both or neither")
+        if self.width % self.reader.heads:
+            raise ValueError(f"width {self.width} cannot be split over {self.reader.heads} heads: choose a multiple")
+        if self.decoder == "hyperconv" and (self.condition == "none" or self.start is not None):
+            raise ValueError("decoder 'hyperconv' writes whole adapters from a condition: it goes without `start` and with a condition")
+        return self
+
+
+@SURGERIES.register("limbeck.students.generator.predictor:DeltaPredictor")
+class DeltaPredictorOptions(Part):
+    """A network that reads a condition and predicts the delta of its adapter, by which adapters are retrieved and merged.
+
+    It trains under the objective `delta`; `evaluate_adapters` judges it by its `predictors`.
+    """
+
+    kind: Literal["delta_predictor"] = "delta_predictor"
+    condition: Literal["base", "sentence"] = "base"
+    """Whose states are read: the frozen base's own, or a sentence encoder's."""
+    layer: int | None = None
+    """Layer of the base whose states are read (negative ones count from the end); two thirds of the way up by default."""
+    encoder: Place | None = None
+    """Folder or hub name of the sentence encoder."""
+    width: int = Field(128, ge=8)
+    """Width of the network."""
+    reader: ReaderOptions = ReaderOptions()
+    """How the states are read."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DeltaPredictorOptions:
+        if (self.condition == "sentence") != (self.encoder is not None):
+            raise ValueError("`encoder` names the sentence encoder of `condition: sentence`: give both or neither")
+        if self.width % self.reader.heads:
+            raise ValueError(f"width {self.width} cannot be split over {self.reader.heads} heads: choose a multiple")
+        return self

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from limbeck.config.base import Count, From, Options, Part, PartOf, Place, Seed
-from limbeck.needs import AttentionStream, HeadHidden, Need, TopK
+from limbeck.needs import AdapterFactors, AttentionStream, Deltas, HeadHidden, InputMoments, Need, TopK
 from limbeck.registry import Registry
 
 TEACHERS = Registry("teacher")
@@ -189,3 +189,24 @@ class StoredTeacherOptions(Part):
         if not isinstance(need, TopK):
             return f"teacher 'stored' does not provide {type(need).__name__}; it gives TopK (objective topk_kl)"
         return True if self.teacher is None else self.teacher.provides(need)
+
+
+@TEACHERS.register("limbeck.teachers.adapters:AdaptersTeacher")
+class AdaptersTeacherOptions(Part):
+    """A pool of adapters, one or more for each condition: their weights, their behaviour on probes, or the base with them."""
+
+    kind: Literal["adapters"] = "adapters"
+    pool: From | dict[str, Place] = Field(union_mode="left_to_right")
+    """`{from: stage}` of a train_adapters stage, or PEFT folders by the name of their condition."""
+    deltas: From | None = None
+    """The measure_deltas stage that measured how they behave."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights' dtype of the base, where the teacher runs it (objectives on text)."""
+
+    def provides(self, need: Need) -> bool | str:
+        if isinstance(need, AdapterFactors | HeadHidden):
+            return True
+        if isinstance(need, Deltas | InputMoments):
+            return True if self.deltas is not None else "teacher 'adapters' has no measured deltas: add a measure_deltas stage and `deltas: {from: stage}`"
+        gives = "it gives adapters (objective weights), deltas (objectives delta, tether) and hidden states (objective kl)"
+        return f"teacher 'adapters' does not provide {type(need).__name__}; {gives}"

@@ -1,0 +1,139 @@
+"""Pools, deltas and generators on the ground of ``adapters_lab.yaml``, for the experiments about LoRA generators.
+
+All of them work in one run directory: what two of them need is made once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck.config.recipe import Recipe
+from limbeck.stages.run import run_recipe
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / "shared" / "data"
+OUT = Path("runs") / "adapters_lab"
+SHAPE = {"targets": "all", "rank": 4, "alpha": 8}
+Tree = dict[str, Any]
+
+
+def ground(quick: bool) -> Tree:
+    """The stages of the yaml; in the quick form the shipped base and text that every machine has."""
+    if quick:
+        conditions = {
+            "kind": "prepare_conditions",
+            "tokenizer": "builtin:code-2m",
+            "sources": [{"name": "stdlib", "source": {"kind": "stdlib", "limit": 150}, "cut": 300, "slices": {"by": "topic", "count": 4}}],
+            "formats": ["plain", "upper", "no_spaces"],
+            "examples": 24,
+            "test_examples": 6,
+            "min_examples": 8,
+            "held_out": {"slices": 2},
+            "mixes": 0,
+            "sequence": 32,
+            "condition": {"form": "prompt_answer", "texts": 2, "tokens": 12},
+        }
+        return {"conditions": conditions}
+    if not SHARED.is_dir():
+        sys.exit(f"needs the shared test data beside the repository: {SHARED} is not there")
+    return yaml.safe_load((HERE / "adapters_lab.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+class Lab:
+    """Collects stages and runs them."""
+
+    def __init__(self, out: Path, quick: bool):
+        self.quick, self.out = quick, out
+        self.stages = ground(quick)
+        self.base: Any = "builtin:code-2m" if quick else {"from": "pretrain"}
+
+    def pool(self, seed: int, init: str = "independent") -> str:
+        """LoRAs for all conditions; returns the stage's name."""
+        name = f"pool-{init}-s{seed}"
+        self.stages[name] = {
+            "kind": "train_adapters",
+            "base": self.base,
+            "conditions": {"from": "conditions"},
+            "adapters": {**SHAPE, "init": init},
+            "optim": {"groups": [{"lr": 5e-3}], "schedule": {"warmup": 10, "final": 0.1}, "clip": None},
+            "loop": {"steps": 2 if self.quick else 150, "rows": 2, "together": 32, "keep_last": 1},
+            "seed": seed,
+        }
+        return name
+
+    def deltas(self, pool: str, label: str = "", **changes: Any) -> str:
+        """Deltas of a pool: by default every token of snippets of the conditions' training text; returns the stage's name."""
+        name = f"deltas{label}-{pool.removeprefix('pool-')}"
+        count, length = (2, 16) if self.quick else (12, 48)
+        probes = {"kind": "conditions", "conditions": {"from": "conditions"}, "count": count, "length": length}
+        self.stages[name] = {"kind": "measure_deltas", "pool": {"from": pool}, **({} if changes.get("paper") else {"probes": probes}), **changes}
+        return name
+
+    def generator(
+        self,
+        name: str,
+        objectives: list[Tree],
+        *,
+        seed: int,
+        pool: str | None = None,
+        deltas: str | None = None,
+        lr: float = 1e-3,
+        steps: int = 400,
+        rows: int = 16,
+        surgery: Tree | None = None,
+    ) -> str:
+        """A generator's train stage; cross-entropy on test text of seen conditions is watched.  Returns the stage's name."""
+        name = f"{name}-s{seed}"
+        sequence = self.stages["conditions"]["sequence"]
+        watched = [] if any(o["kind"] == "ce" for o in objectives) else [{"kind": "ce", "weight": 0}]
+        stage: Tree = {
+            "data": {"from": "conditions"},
+            "student": {"base": self.base, "surgery": [{"kind": "lora_generator", **SHAPE, "width": 128, **(surgery or {})}], "train": ["generator"]},
+            "objectives": [*objectives, *watched],
+            "optim": {"groups": [{"lr": lr}], "schedule": {"warmup": 20, "final": 0.05}},
+            "loop": {
+                "steps": 2 if self.quick else steps,
+                "batch_tokens": (2 if self.quick else rows) * sequence,
+                "validate_every": 2 if self.quick else 100,
+                "validate_rows": 4 if self.quick else 64,
+                "log_every": 25,
+                "keep_last": 1,
+            },
+            "seed": seed,
+        }
+        if pool is not None:
+            stage["teacher"] = {"kind": "adapters", "pool": {"from": pool}, **({"deltas": {"from": deltas}} if deltas else {})}
+        self.stages[name] = stage
+        return name
+
+    def judge(self, generators: list[str], pool: str, label: str = "", **changes: Any) -> str:
+        """Judge the first generator beside the others and all controls, with fresh probes; returns the stage's name."""
+        name = f"judge{label}-{generators[0]}"
+        count, length = (2, 16) if self.quick else (16, 48)
+        self.stages[name] = {
+            "kind": "evaluate_adapters",
+            "from": generators[0],
+            "against": generators[1:],
+            "pool": {"from": pool},
+            "rows": 2 if self.quick else 8,
+            # Other snippets than those of training, from test text.
+            "probes": {"kind": "conditions", "conditions": {"from": "conditions"}, "count": count, "length": length, "seed": 1},
+            **({"splits": ["seen", "held_out_slice"]} if self.quick else {}),
+            **changes,
+        }
+        return name
+
+    def run(self) -> Path:
+        """Run what is not done yet; returns the run directory."""
+        recipe = Recipe.model_validate({"name": "adapters_lab", "stages": copy.deepcopy(self.stages)})
+        return run_recipe(recipe, recipe_dir=HERE, run_dir=self.out)
+
+    def judged(self, stage: str) -> Tree:
+        """What a judging stage found."""
+        return json.loads((self.out / stage / "evaluation" / "adapters.json").read_text())

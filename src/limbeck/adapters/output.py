@@ -1,0 +1,46 @@
+"""What a student that makes adapters hands to the objectives: the adapters, and the adapted model to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from limbeck.adapters.spec import Adapters
+from limbeck.types import Head
+
+RunBase = Callable[[Tensor, Sequence[int], bool, Adapters | None], list[Tensor]]
+"""``run(ids_BT, layers, final_norm, adapters)``: states ``[B, T, D]`` of right-padded rows, equal shares of them with each adapter."""
+
+
+class AdaptedOutput:
+    """An :class:`~limbeck.types.Output` whose hidden states are computed when an objective asks for them.
+
+    Objectives on the adapters themselves, or on other text, never pay for the batch's.  ``adapters`` has one LoRA for each row;
+    ``factors`` are the rows' own before any chunking.
+    """
+
+    def __init__(self, adapters: Adapters, head: Callable[[], Head], hidden: Callable[[], Tensor], run: RunBase):
+        self.adapters = adapters
+        self._head, self._hidden = head, hidden
+        self.run = run
+        self.hidden_layers: Mapping[int, Tensor] = {}
+
+    @cached_property
+    def hidden_BTD(self) -> Tensor:
+        """Final hidden states of the batch's rows, each with its adapter."""
+        return self._hidden()
+
+    @cached_property
+    def head(self) -> Head:
+        """The base's output projection."""
+        return self._head()
+
+
+@dataclass(frozen=True)
+class PredictedOutput:
+    """What a student that predicts deltas gives: one for each row, ``[B, F]``.  No model runs with it."""
+
+    delta_BF: Tensor

@@ -1,0 +1,102 @@
+"""A folder of many adapters of one base: PEFT folders beside each other, and what is known of each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.adapters.peft_files import read_peft_file
+from limbeck.adapters.spec import Adapters, cat
+from limbeck.errors import AdapterError
+
+MANIFEST = "pool.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One teacher: a PEFT folder (``mode: lora``) or a model folder (``full``) below the pool's."""
+
+    name: str
+    """Unique in the pool."""
+    condition: str
+    """Name of the condition that it was trained on."""
+    folder: str
+    facts: Mapping[str, Any]
+    """What was measured of it in training."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The entries of a pool folder, in order, and the base that all are for."""
+
+    folder: Path
+    entries: tuple[Entry, ...]
+    base: Mapping[str, Any]
+    """``source`` and ``fingerprint`` of the base."""
+    mode: str = "lora"
+
+    def adapters(self, chosen: Sequence[Entry] | None = None) -> Adapters:
+        """The LoRAs of all (or the chosen) entries, stacked; damaged files, and those of another shape than the first, are named."""
+        if self.mode != "lora":
+            raise AdapterError(f"{self.folder}: its teachers are whole models (mode: full): they have behaviour, and no LoRA weights")
+        lots: list[Adapters] = []
+        for entry in self.entries if chosen is None else chosen:
+            lot = read_peft_file(self.folder / entry.folder)
+            if lots and (lot.spec.sites, lot.spec.rank, lot.spec.scale) != (lots[0].spec.sites, lots[0].spec.rank, lots[0].spec.scale):
+                raise AdapterError(
+                    f"{self.folder / entry.folder}: rank {lot.spec.rank}, scale {lot.spec.scale:g} on {len(lot.spec.paths)} Linears, and the "
+                    f"pool's first adapter has rank {lots[0].spec.rank}, scale {lots[0].spec.scale:g} on {len(lots[0].spec.paths)}: a pool is of one shape"
+                )
+            lots.append(Adapters(lots[0].spec, lot.A, lot.B) if lots else lot)
+        if not lots:
+            raise AdapterError(f"{self.folder}: there are no adapters in it")
+        return cat(lots)
+
+    def of_conditions(self) -> dict[str, list[int]]:
+        """Numbers of the entries by the name of their condition."""
+        found: dict[str, list[int]] = {}
+        for number, entry in enumerate(self.entries):
+            found.setdefault(entry.condition, []).append(number)
+        return found
+
+
+def write_pool(pool: Pool) -> None:
+    """Write the manifest; the entries' folders are there already."""
+    record = {"format": FORMAT, "mode": pool.mode, "base": dict(pool.base), "entries": [asdict(entry) for entry in pool.entries]}
+    beside = pool.folder / f".{MANIFEST}.{os.getpid()}"
+    beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(beside, pool.folder / MANIFEST)
+
+
+def read_pool(folder: Path) -> Pool:
+    """Open a pool; its adapters are read by :meth:`Pool.adapters`."""
+    try:
+        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = tuple(Entry(**entry) for entry in record["entries"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{folder / MANIFEST}: cannot be read as a pool of adapters ({error}): run its train_adapters stage again with --fresh") from error
+    if record.get("format") != FORMAT:
+        raise AdapterError(f"{folder / MANIFEST}: format {record.get('format')}, this version reads {FORMAT}")
+    return Pool(folder, entries, record["base"], record["mode"])
+
+
+def pool_of_folders(folders: Mapping[str, Path], base: Mapping[str, Any]) -> Pool:
+    """PEFT folders from elsewhere as a pool, by the name of their condition."""
+    root = Path(os.path.commonpath([str(path.resolve().parent) for path in folders.values()]))
+    entries = tuple(Entry(name, name, os.path.relpath(path.resolve(), root), {}) for name, path in folders.items())
+    return Pool(root, entries, base)
+
+
+def flat(adapters: Adapters) -> Tensor:
+    """All numbers of each adapter's A and B, ``[N, numbers]``: the embedding that weight space offers."""
+    return torch.cat([t.flatten(1) for t in adapters.tensors()], 1)
+
+

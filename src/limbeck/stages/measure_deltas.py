@@ -1,0 +1,174 @@
+"""The stage that measures how every adapter of a pool moves the base's hidden states on probes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck.adapters.delta_store import DeltaCache, adapter_key, measuring_digest, write_measured
+from limbeck.adapters.deltas import Probes, embed
+from limbeck.adapters.inject import Injector
+from limbeck.adapters.pool import Entry, Pool
+from limbeck.adapters.spec import Adapters
+from limbeck.config.parts.adapters import MeasureDeltasStageOptions
+from limbeck.engine.precision import autocast
+from limbeck.errors import RunError
+from limbeck.models.hidden import hidden_states
+from limbeck.models.loading import fingerprint, load_model, load_tokenizer
+from limbeck.stages.adapting import base_record, checked_source, open_conditions, open_pool
+from limbeck.stages.context import StageContext
+from limbeck.stages.probing import input_moments, log_likelihoods, probes_of, with_continuations
+
+OUTLIER = 10.0
+"""Times the median norm (or less than a tenth of it) from which a delta is named as an outlier."""
+
+
+class MeasureDeltasStage:
+    """Writes ``deltas/``; numbers are kept in the run's ``delta_cache/`` by content too, so that a second stage finds them."""
+
+    def __init__(self, context: StageContext):
+        self.context = context
+        self.options: MeasureDeltasStageOptions = context.options
+
+    def run(self) -> None:
+        """Measure what is not in the cache; the same inputs give the same bytes."""
+        self.context.once(self._measure)
+
+    def _measure(self) -> None:
+        context, options = self.context, self.options
+        given = None if options.base is None else base_record(context.locate(options.base), str(options.base))
+        pool = open_pool(context, options.pool, given)
+        source = context.locate(options.base) if isinstance(options.pool, dict) and options.base is not None else checked_source(dict(pool.base), pool.folder)
+        self.model: Any = load_model(source, revision=pool.base["fingerprint"].get("commit"), device=context.world.device)
+        self.represent = options.resolved_represent
+        self.probes = self._probes(source)
+        self.measuring = measuring_digest(pool.base, self.probes, self.represent, options.precision)
+        self.cache = DeltaCache(context.run_dir / "delta_cache")
+        with torch.no_grad():
+            found = self._loras(pool) if pool.mode == "lora" else self._models(pool)
+        statistics = self._statistics({name: numbers for name, (_, numbers) in found.items()})
+        moments = input_moments(self.model, pool.adapters(pool.entries[:1]).spec, self.probes) if options.moments else None
+        out = context.folder / "deltas"
+        shutil.rmtree(out, ignore_errors=True)
+        write_measured(
+            out,
+            found,
+            statistics=statistics,
+            probes=self.probes.to("cpu"),
+            represent=self.represent,
+            facts={"base": dict(pool.base), "measuring": self.measuring, "precision": options.precision, "noise": self.noise},
+            moments=moments,
+        )
+
+    def _probes(self, source: str) -> Probes:
+        context, options = self.context, self.options.resolved_probes
+        conditions = None if options.conditions is None else open_conditions(context, options.conditions.from_)
+        probes = probes_of(options, load_tokenizer(source), conditions).to(context.world.device)
+        if self.represent.what == "likelihoods":
+            with torch.no_grad():
+                probes = with_continuations(self.model, probes, self.represent, options.seed).to(context.world.device)
+        context.say(f"  {len(probes)} probes, {int(probes.mask_KT.sum())} tokens")
+        return probes
+
+    def _embed(self, run: Any, adapters: Adapters | None) -> torch.Tensor:
+        with autocast(self.context.world.device, self.options.precision):
+            return embed(run, adapters, self.probes, self.represent, log_likelihoods=log_likelihoods(self.model)).float()
+
+    def _loras(self, pool: Pool) -> dict[str, tuple[str, np.ndarray]]:
+        """All adapters x probes, ``together`` at a time, each lot of the same shape whatever is in the cache already."""
+        options, device = self.options, self.context.world.device
+        adapters = pool.adapters()
+        keys = [adapter_key(adapters, i, self.measuring) for i in range(len(adapters))]
+        missing = [i for i, key in enumerate(keys) if key not in self.cache]
+        self.context.say(f"  {len(keys)} adapters, {len(keys) - len(missing)} of them measured before")
+        injector = Injector(self.model, adapters.spec)
+
+        def run(ids: torch.Tensor, layers: Any, final_norm: bool, chosen: Adapters | None) -> list[torch.Tensor]:
+            with injector.active(chosen):
+                return hidden_states(self.model, ids, layers, final_norm=final_norm)
+
+        began = time.monotonic()
+        try:
+            base = self._embed(run, None)
+            size = min(options.together, len(keys))
+            # How far apart the base lies from itself when others share its batch: what no delta can be told from.
+            nothing = adapters.pick([0] * size).map(torch.zeros_like).to(device)
+            self.noise = float((self._embed(run, nothing) - base).norm(dim=-1).max())
+            for start in range(0, len(missing), size):
+                lot = missing[start : start + size]
+                filled = [*lot, *[lot[-1]] * (size - len(lot))]
+                deltas = self._embed(run, adapters.pick(filled).to(device)) - base
+                for i, numbers in zip(lot, deltas.cpu().numpy(), strict=False):
+                    self.cache.put(keys[i], numbers)
+                self._progress(start + len(lot), len(missing), began)
+        finally:
+            injector.remove()
+        return {entry.name: (key, self._held(key)) for entry, key in zip(pool.entries, keys, strict=True)}
+
+    def _models(self, pool: Pool) -> dict[str, tuple[str, np.ndarray]]:
+        """Whole models, one after the other."""
+        base = self._embed(_plain(self.model), None)
+        self.noise = 0.0
+        found = {}
+        began = time.monotonic()
+        for number, entry in enumerate(pool.entries, 1):
+            key = self._model_key(pool, entry)
+            if key not in self.cache:
+                model = load_model(str(pool.folder / entry.folder), device=self.context.world.device)
+                own = embed(_plain(model), None, self.probes, self.represent, log_likelihoods=log_likelihoods(model)).float()
+                self.cache.put(key, (own - base)[0].cpu().numpy())
+                self._progress(number, len(pool.entries), began)
+            found[entry.name] = (key, self._held(key))
+        return found
+
+    def _model_key(self, pool: Pool, entry: Entry) -> str:
+        from limbeck.stages.folder import digest
+
+        return f"model-{digest([fingerprint(str(pool.folder / entry.folder)), self.measuring])}"
+
+    def _held(self, key: str) -> np.ndarray:
+        numbers = self.cache.get(key)
+        if numbers is None:
+            raise RunError(f"{self.cache.path(key)} has gone while it was used: is another process clearing the run's folder?")
+        return numbers
+
+    def _progress(self, done: int, total: int, began: float) -> None:
+        if done < total:
+            left = (time.monotonic() - began) / done * (total - done)
+            self.context.say(f"  {done}/{total} measured, {left:.0f} s left")
+
+    def _statistics(self, found: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+        """Norm of every delta; broken adapters and outliers by name."""
+        norms = {name: float(np.linalg.norm(numbers)) for name, numbers in found.items()}
+        finite = [norm for norm in norms.values() if np.isfinite(norm) and norm > 0]
+        median = float(np.median(finite)) if finite else 0.0
+        notes: dict[str, str] = {}
+        for name, norm in norms.items():
+            if not np.isfinite(norm):
+                notes[name] = "not finite"
+            elif norm <= self.noise:
+                notes[name] = "no larger than the noise: an adapter that does nothing"
+            elif median and not median / OUTLIER <= norm <= median * OUTLIER:
+                notes[name] = f"outlier: {norm / median:.2g} times the median"
+        broken = [name for name, note in notes.items() if "not finite" in note]
+        if broken:
+            raise RunError(f"the deltas of {', '.join(broken[:5])} are not finite: these adapters are broken; train them again or take them out of the pool")
+        spread = f"{min(norms.values()):.4g} to {max(norms.values()):.4g}, median {median:.4g}" if norms else "none"
+        self.context.say(f"  norms of the deltas: {spread}; noise {self.noise:.2g}")
+        for name, note in notes.items():
+            self.context.say(f"  WARNING: {name}: {note}")
+        self.context.facts["result"] = {"adapters": len(found), "median_norm": median, "outliers": len(notes), "noise": self.noise}
+        return {name: {"norm": norm, **({"note": notes[name]} if name in notes else {})} for name, norm in norms.items()}
+
+
+def _plain(model: Any) -> Any:
+    def run(ids: torch.Tensor, layers: Any, final_norm: bool, chosen: Adapters | None) -> list[torch.Tensor]:
+        return hidden_states(model, ids, layers, final_norm=final_norm)
+
+    return run
+
+

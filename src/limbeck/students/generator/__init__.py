@@ -1,0 +1,1 @@
+"""The LoRA generator: condition states -> latents -> one query a layer, Linear and rank -> A and B."""
