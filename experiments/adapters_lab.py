@@ -8,10 +8,13 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from experiments.common import Rows, as_rows
 
 from limbeck.config.recipe import Recipe
 from limbeck.stages.run import run_recipe
@@ -137,3 +140,47 @@ class Lab:
     def judged(self, stage: str) -> Tree:
         """What a judging stage found."""
         return json.loads((self.out / stage / "evaluation" / "adapters.json").read_text())
+
+
+def per_condition(judged: list[Tree], split: str, column: str, kind: str = "nll") -> np.ndarray:
+    """One number for each condition of a split and seed, ``[conditions, seeds]``."""
+    rows = [[c for c in found["conditions"] if c["split"] == split] for found in judged]
+    return np.array([[own[kind][column] for own in of_seeds] for of_seeds in zip(*rows, strict=True)])
+
+
+def share(judged: list[Tree], split: str, column: str) -> list[float]:
+    """Share of the teachers' gain, a seed: ratio of the mean gains."""
+    base, teacher, found = (per_condition(judged, split, name) for name in ("base", "teacher", column))
+    return list((base - found).mean(0) / (base - teacher).mean(0))
+
+
+METRICS = ("nll", "share", "share_mean", "delta_cosine", "delta_ratio", "size_ratio")
+
+
+def summary_rows(judged: list[Tree], columns: Sequence[str], seeds: Sequence[int]) -> Rows:
+    """Rows of ``results.json``: every column's means by split and seed."""
+    rows: Rows = []
+    for split in judged[0]["splits"]:
+        for column in columns:
+            for seed, found in zip(seeds, judged, strict=True):
+                table = found["splits"][split]
+                rows += as_rows(f"{split}: {column}", seed, {m: table[m][column] for m in METRICS if column in table.get(m, {})})
+    return rows
+
+
+def rename(found: Tree, names: dict[str, str]) -> Tree:
+    """Call a judging's columns by other names than their stages; "STAGE, shuffled" follows its stage."""
+
+    def new(name: str) -> str:
+        stage, comma, rest = name.partition(",")
+        return names.get(name, names.get(stage, stage) + comma + rest)
+
+    for table in [*found["splits"].values(), *found["conditions"]]:
+        table.update({key: {new(name): number for name, number in value.items()} for key, value in table.items() if isinstance(value, dict)})
+    return found
+
+
+def best_rate(lab: Lab, candidates: dict[float, str]) -> float:
+    """The learning rate whose run has the lowest watched cross-entropy on test text of seen conditions (a tuning run's last validation)."""
+    found = {lr: json.loads((lab.out / stage / "stage.json").read_text())["result"]["held_out/ce"] for lr, stage in candidates.items()}
+    return min(found, key=lambda lr: found[lr])
