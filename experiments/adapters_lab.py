@@ -38,7 +38,6 @@ def ground(quick: bool) -> Tree:
             "test_examples": 6,
             "min_examples": 8,
             "held_out": {"slices": 2},
-            "mixes": 0,
             "sequence": 32,
             "condition": {"form": "prompt_answer", "texts": 2, "tokens": 12},
         }

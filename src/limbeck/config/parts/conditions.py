@@ -115,6 +115,8 @@ class PrepareConditionsStageOptions(StageOptions):
     """Which conditions no generator is trained on."""
     mixes: int = Field(0, ge=0)
     """Conditions made of two seen ones of different sources, half the examples from each; the pairs are drawn by the seed."""
+    mixes_in_one_format: int = Field(0, ge=0)
+    """More of them, of two seen conditions in the same format."""
     loss: Literal["text", "answer"] = "text"
     """Which tokens are targets: all, or only answers (of plain text all)."""
     sequence: int = Field(128, ge=8)
@@ -144,6 +146,6 @@ class PrepareConditionsStageOptions(StageOptions):
             )
         if self.examples < self.min_examples:
             raise ValueError(f"examples: {self.examples} are fewer than min_examples: {self.min_examples}, so every slice would be dropped")
-        if self.mixes and self.examples < 2 * self.condition.texts:
+        if (self.mixes or self.mixes_in_one_format) and self.examples < 2 * self.condition.texts:
             raise ValueError(f"mixes: half of examples: {self.examples} is too few: allowed with {2 * self.condition.texts} or more")
         return self

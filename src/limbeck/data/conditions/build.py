@@ -84,7 +84,7 @@ class _Build:
         slices = self._chosen([part for source in self._read() for part in source])
         tasks = [Task(part.source, part.name, written) for part in slices for written in self.options.formats]
         splits = split_of(tasks, self.options.held_out, self.options.seed)
-        pairs = mixed_pairs(tasks, splits, self.options.mixes, self.options.seed)
+        pairs = mixed_pairs(tasks, splits, self.options.mixes, self.options.mixes_in_one_format, self.options.seed)
         lines, hashes = self._write(slices)
         conditions = []
         for i, (task, split) in enumerate(zip(tasks, splits, strict=True)):

@@ -82,14 +82,21 @@ def _keys(task: Task) -> tuple[tuple[str, str], tuple[str, str]]:
     return ("source", task.source), ("format", task.format)
 
 
-def mixed_pairs(tasks: Sequence[Task], splits: Sequence[str], count: int, seed: int) -> list[tuple[int, int]]:
-    """``count`` different pairs of seen tasks of different sources, drawn by the seed.
+def mixed_pairs(tasks: Sequence[Task], splits: Sequence[str], count: int, in_one_format: int, seed: int) -> list[tuple[int, int]]:
+    """``count`` different pairs of seen tasks of different sources, drawn by the seed, and ``in_one_format`` others of one format.
 
     Raises:
         DataError: there are not so many.
     """
     seen = [i for i, split in enumerate(splits) if split == "seen"]
     pairs = [(i, j) for i, j in itertools.combinations(seen, 2) if tasks[i].source != tasks[j].source]
+    alike = [pair for pair in pairs if tasks[pair[0]].format == tasks[pair[1]].format]
+    first = _some_of(alike, in_one_format, seed, "mixes_in_one_format", "of different sources in one format")
+    rest = [pair for pair in pairs if pair not in set(first)]
+    return [*_some_of(rest, count, seed, "mixes", "of different sources"), *first]
+
+
+def _some_of(pairs: list[tuple[int, int]], count: int, seed: int, field: str, which: str) -> list[tuple[int, int]]:
     if count > len(pairs):
-        raise DataError(f"mixes: {count} asked, and there are {len(pairs)} pairs of seen conditions of different sources: lower it, or add sources")
+        raise DataError(f"{field}: {count} asked, and there are {len(pairs)} pairs of seen conditions {which}: lower it, or add sources")
     return [pairs[k] for k in sorted(np.random.default_rng((seed, 0x6D6978)).permutation(len(pairs))[:count].tolist())]
