@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
 from adapter_cases import base_folder, peft_folders, random_adapters, small_spec
 from families import packed_batch
-from limbeck.adapters.delta_store import MeasuredDeltas, write_measured
+from limbeck.adapters.delta_store import MeasuredDeltas, adapter_key, write_measured
 from limbeck.adapters.peft_files import write_peft
 from limbeck.adapters.pool import Entry, Pool, read_pool, write_pool
 from limbeck.adapters.spec import Adapters
@@ -50,15 +51,14 @@ def pool(tmp_path: Path, base: Path, adapters: Adapters) -> Pool:
     return read_pool(folder)
 
 
-def measured(folder: Path, names: tuple[str, ...] = NAMES, moments: Any = None) -> MeasuredDeltas:
-    """Deltas that are the entries' numbers."""
-    import numpy as np
-
-    found = {name: (f"key-{name}", np.full(4, float(i), dtype=np.float32)) for i, name in enumerate(names)}
+def measured(folder: Path, adapters: Adapters | None, names: tuple[str, ...] = NAMES) -> MeasuredDeltas:
+    """Deltas that are the entries' numbers, of these adapters (of whole models for None)."""
+    keys = [f"model-{name}" if adapters is None else adapter_key(adapters, i, "measuring") for i, name in enumerate(names)]
+    found = {name: (keys[i], np.full(4, float(i), dtype=np.float32)) for i, name in enumerate(names)}
     folder.mkdir()
     write_measured(
         folder, found, statistics={name: {} for name in names}, probes=padded([[5, 6, 7], [8]]), represent=RepresentationOptions(tokens="last"),
-        facts={"base": {}}, moments=moments,
+        facts={"base": {}, "measuring": "measuring"},
     )  # fmt: skip
     return MeasuredDeltas(folder)
 
@@ -77,7 +77,7 @@ def batch_of(owners: list[int], seed: int = 0) -> Batch:
 
 
 def test_every_row_gets_an_adapter_of_its_own_condition(pool: Pool, base: Path, adapters: Adapters, tmp_path: Path) -> None:
-    teacher = teacher_of(pool, base, AdapterFactors, Deltas, deltas=measured(tmp_path / "deltas"))
+    teacher = teacher_of(pool, base, AdapterFactors, Deltas, deltas=measured(tmp_path / "deltas", pool.adapters()))
     batch = batch_of([2, 0, 3, -1, 2])
     signal = teacher.signal(batch, teacher.needs)
     chosen = teacher.entries(batch).tolist()
@@ -112,8 +112,16 @@ def test_a_condition_without_an_adapter_is_named(pool: Pool, base: Path) -> None
 def test_the_fingerprint_changes_with_any_adapters_numbers(pool: Pool, base: Path, adapters: Adapters, tmp_path: Path) -> None:
     before = teacher_of(pool, base, AdapterFactors).fingerprint()
     assert teacher_of(read_pool(pool.folder), base, AdapterFactors).fingerprint() == before
-    with_deltas = teacher_of(pool, base, AdapterFactors, deltas=measured(tmp_path / "deltas")).fingerprint()
+    with_deltas = teacher_of(pool, base, AdapterFactors, deltas=measured(tmp_path / "deltas", None)).fingerprint()
     assert with_deltas["adapters"] == before["adapters"] and with_deltas["deltas"] is not None
+    for index, name in enumerate(NAMES):
+        write_peft(adapters, index, pool.folder / name, base=str(base), provenance={"written": "again"})
+    assert teacher_of(pool, base, AdapterFactors).fingerprint() == before
+    config = pool.folder / NAMES[1] / "adapter_config.json"
+    held = config.read_text()
+    config.write_text(json.dumps({**json.loads(held), "lora_alpha": 9}))
+    assert teacher_of(pool, base, AdapterFactors, load=False).fingerprint()["adapters"] != before["adapters"]
+    config.write_text(held)
     moved = adapters.map(lambda t: t.clone())
     moved.A[adapters.spec.sites[0].name][3, 0, 0, 0] += 1e-3
     write_peft(moved, 3, pool.folder / NAMES[3], base=str(base), provenance={})
@@ -140,10 +148,10 @@ def test_hidden_states_are_those_of_peft_with_the_rows_adapter(pool: Pool, base:
 
 
 def test_what_was_not_measured_is_named(pool: Pool, base: Path, tmp_path: Path) -> None:
-    few = measured(tmp_path / "few", NAMES[:2])
+    few = measured(tmp_path / "few", pool.adapters(), NAMES[:2])
     with pytest.raises(AdapterError, match=r"no delta of three-a was measured \(3 missing of 5\)"):
         teacher_of(pool, base, Deltas, deltas=few)
-    found = measured(tmp_path / "all")
+    found = measured(tmp_path / "all", pool.adapters())
     teacher = teacher_of(pool, base, InputMoments, deltas=found)
     with pytest.raises(AdapterError, match=r"second moments were not measured: set `moments: true`"):
         teacher.signal(batch_of([0]), teacher.needs)
@@ -152,9 +160,16 @@ def test_what_was_not_measured_is_named(pool: Pool, base: Path, tmp_path: Path) 
         teacher_of(pool, base, Deltas, deltas=found)
 
 
+def test_deltas_of_another_pool_with_the_same_names_are_refused(pool: Pool, base: Path, adapters: Adapters, tmp_path: Path) -> None:
+    deltas = measured(tmp_path / "deltas", pool.adapters())
+    write_peft(adapters, 0, pool.folder / NAMES[3], base=str(base), provenance={})
+    with pytest.raises(TeacherError, match=r"delta of three-b was measured of another adapter than the one in .*pool: name the measure_deltas stage of this"):
+        teacher_of(pool, base, Deltas, deltas=deltas)
+
+
 def test_whole_models_have_behaviour_and_no_factors(pool: Pool, base: Path, tmp_path: Path) -> None:
     whole = replace(pool, mode="full")
-    teacher = teacher_of(whole, base, Deltas, deltas=measured(tmp_path / "deltas"))
+    teacher = teacher_of(whole, base, Deltas, deltas=measured(tmp_path / "deltas", None))
     assert teacher.signal(batch_of([2]), teacher.needs)[Deltas].target_BF.tolist() == [[1.0] * 4]
     with pytest.raises(AdapterError, match=r"whole models \(mode: full\)"):
         teacher_of(whole, base, AdapterFactors)

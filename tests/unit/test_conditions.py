@@ -173,7 +173,16 @@ def test_named_conditions_are_held_out_and_unknown_names_are_errors():
     with pytest.raises(DataError, match="no condition of another source is left"):
         split_of(TASKS[:4], held.model_copy(update={"sources": ("a",), "slices": 0}), 0)
     with pytest.raises(DataError, match="mixes: 17 asked, and there are 16 pairs"):
-        mixed_pairs(TASKS, ["seen"] * 8, 17, 0)
+        mixed_pairs(TASKS, ["seen"] * 8, 17, 0, 0)
+
+
+def test_mixes_in_one_format_come_beside_the_others_and_never_twice():
+    pairs = mixed_pairs(TASKS, ["seen"] * 8, 8, 8, 0)
+    alike = [TASKS[a].format == TASKS[b].format for a, b in pairs]
+    assert len(set(pairs)) == 16 and alike[8:] == [True] * 8 and alike[:8] == [False] * 8
+    assert all(TASKS[a].source != TASKS[b].source for a, b in pairs)
+    with pytest.raises(DataError, match="mixes_in_one_format: 9 asked, and there are 8 pairs"):
+        mixed_pairs(TASKS, ["seen"] * 8, 0, 9, 0)
 
 
 def test_a_mix_is_half_of_each_of_two_seen_sources(tmp_path):
