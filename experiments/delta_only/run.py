@@ -23,12 +23,13 @@ from experiments.common import as_rows, at_least, command_line, conclude  # noqa
 
 from limbeck.evaluation.bootstrap import spearman  # noqa: E402
 
-GUARDS = [{"kind": "tether", "weight": 0.1}, {"kind": "norm_penalty", "weight": 0.01}]
+DELTA = {"kind": "delta", "precision": "bfloat16"}
+GUARDS = [{"kind": "tether", "weight": 0.1, "precision": "bfloat16"}, {"kind": "norm_penalty", "weight": 0.01}]
 ARMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "paper": ("-paper", [{"kind": "delta"}]),
-    "paper, guarded": ("-paper", [{"kind": "delta"}, *GUARDS]),
-    "diverse": ("", [{"kind": "delta"}]),
-    "diverse, guarded": ("", [{"kind": "delta"}, *GUARDS]),
+    "paper": ("-paper", [DELTA]),
+    "paper, guarded": ("-paper", [DELTA, *GUARDS]),
+    "diverse": ("", [DELTA]),
+    "diverse, guarded": ("", [DELTA, *GUARDS]),
 }
 """Arm -> whose deltas, and the objectives."""
 

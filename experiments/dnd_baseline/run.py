@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402
 from experiments.adapters_lab import Lab, rename, summary_rows  # noqa: E402
-from experiments.common import at_least, at_most, command_line, conclude  # noqa: E402
+from experiments.common import as_rows, at_least, at_most, command_line, conclude  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
 from limbeck.adapters.inject import Injector  # noqa: E402
@@ -50,13 +50,14 @@ def main() -> None:
         for arm, name in arms.items():
             losses = [json.loads(line) for line in (options.out / name / "metrics.jsonl").read_text().splitlines()]
             course = [line["validation/weights/raw"] for line in losses if "validation/weights/raw" in line]
-            rows += [{"setting": f"training: {arm}", "seed": seed, "metric": f"A/B MSE, {when}", "value": v} for when, v in (("first validation", course[0]), ("last", course[-1]))]
+            rows += as_rows(f"training: {arm}", seed, {"A/B MSE, first validation": course[0], "A/B MSE, last": course[-1]})
             if arm == "hyperconv":
                 first = next(line["losses"][0] for line in losses if "losses" in line)
                 falls.append(course[-1] / first)
         differences.append(largest_difference(options.out, arms["hyperconv"], export))
     rows += summary_rows(judged, ["hyperconv", "queries", "base", "mean adapter", "nearest adapter", "teacher"], options.seeds)
-    rows += [{"setting": "generated adapter in peft", "seed": s, "metric": "largest logit difference", "value": d} for s, d in zip(options.seeds, differences, strict=True)]
+    for seed, difference in zip(options.seeds, differences, strict=True):
+        rows += as_rows("generated adapter in peft", seed, {"largest logit difference": difference})
     conclude(
         options.out if options.quick else HERE,
         "Drag-and-Drop's baseline runs end to end: a few hundred steps on weights alone, the loss falls, the adapter loads in peft",
