@@ -74,6 +74,8 @@ def main() -> None:
         labels["format"] = [name.rsplit("/", 1)[-1] for name in labels["condition"]]
         for space, cosines in spaces.items():
             for label, words in labels.items():
+                if len(set(words)) == 1:
+                    continue
                 found[f"{init}: {space}", label] = value = silhouette(cosines, words)
                 rows.append({"setting": f"{init} starts: {space}", "metric": f"silhouette by {label}", "value": value})
     best = found["independent: delta, default", "condition"]
