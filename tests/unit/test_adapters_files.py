@@ -167,6 +167,17 @@ def test_a_folder_is_replaced_whole_or_not_at_all(ours: Path, monkeypatch: pytes
         write_peft(other, 0, ours, base=None, provenance={})
 
 
+def test_factors_that_lie_transposed_in_memory_are_written_as_they_read(tmp_path: Path) -> None:
+    # As a decoder that writes B^T leaves them.
+    spec = resolve_spec(tiny_model("qwen2"), "all", rank=2, alpha=4)
+    plain = random_adapters(spec, 1)
+    strided = Adapters(spec, plain.A, {name: B.mT.contiguous().mT for name, B in plain.B.items()})
+    for name, adapters in (("plain", plain), ("strided", strided)):
+        write_peft(adapters, 0, tmp_path / name, base="b", provenance={})
+    written, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "strided"))
+    assert written.keys() == again.keys() and all(torch.equal(tensor, again[key]) for key, tensor in written.items())
+
+
 def test_a_broken_adapter_is_not_written(ours: Path) -> None:
     adapters = read_peft_file(ours)
     adapters.B["mlp.down_proj"][0, 2, 0, 0] = 1e30

@@ -112,8 +112,8 @@ def _tensors(adapters: Adapters, index: int, dtype: torch.dtype) -> dict[str, Te
             rows = stacked.detach()[index].to("cpu", dtype)
             if not rows.isfinite().all():
                 raise AdapterError(f"{factor} of {site.name} holds numbers that are not finite{_as(dtype)}: the adapter is broken, and not written")
-            # Copies: safetensors refuses rows that share one storage.
-            tensors |= {peft_key(path, factor): row.clone() for path, row in zip(site.paths(), rows, strict=True)}
+            # Copies in plain order: safetensors refuses rows that share one storage, and transposed ones.
+            tensors |= {peft_key(path, factor): row.clone(memory_format=torch.contiguous_format) for path, row in zip(site.paths(), rows, strict=True)}
     return tensors
 
 
