@@ -98,6 +98,8 @@ class TrainStep(nn.Module):
             "loss": (share.detach(), 0),
             **term.metrics,
         }
+        if getattr(self.objectives[index], "schedule", None) is not None:
+            pairs[f"{label}/weight"] = (weight, 1)
         for name, (total, number) in pairs.items():
             held = metrics.get(name, (0.0, 0))
             metrics[name] = (held[0] + total, held[1] + number)

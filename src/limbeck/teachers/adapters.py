@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from limbeck.adapters.delta_store import MeasuredDeltas
+from limbeck.adapters.delta_store import MeasuredDeltas, adapter_key, tensor_digest
 from limbeck.adapters.deltas import DeltaSignal
 from limbeck.adapters.inject import Injector
 from limbeck.adapters.pool import Pool
@@ -62,18 +63,34 @@ class AdaptersTeacher(FrozenModel):
             self._adapters = self.pool.adapters().to(torch.float32)
         if Deltas in self.needs:
             assert self.deltas is not None
+            self._check_measured(self.deltas)
             self._targets = self.deltas.stacked([entry.name for entry in self.pool.entries])
         if HeadHidden in self.needs:
             super().load(device)
             assert self._adapters is not None
             self._injector = Injector(self.model, self._adapters.spec)
 
+    def _check_measured(self, deltas: MeasuredDeltas) -> None:
+        """Another pool's adapters may have the same names: their deltas would teach something else."""
+        if self.pool.mode != "lora":
+            return
+        adapters, held = self.pool.adapters(), deltas.record["adapters"]
+        for i, entry in enumerate(self.pool.entries):
+            if entry.name in held and held[entry.name]["key"] != adapter_key(adapters, i, deltas.record["measuring"]):
+                raise TeacherError(
+                    f"{deltas.folder}: the delta of {entry.name} was measured of another adapter than the one in {self.pool.folder}: name the "
+                    "measure_deltas stage of this pool"
+                )
+
     def fingerprint(self) -> dict[str, Any]:
-        """The base, every adapter's file, and what was measured of them."""
+        """The base, every adapter's tensors and config, and what was measured of them."""
         files = hashlib.sha256()
         for entry in self.pool.entries:
-            for path in sorted((self.pool.folder / entry.folder).glob("*.safetensors")):
-                files.update(f"{entry.name}/{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+            folder = self.pool.folder / entry.folder
+            # Tensors, not bytes: safetensors writes its header's words in any order.
+            found = {path.name: tensor_digest(load_file(path)) for path in sorted(folder.glob("*.safetensors"))}
+            found |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*config.json"))}
+            files.update(f"{entry.name}: {found}\n".encode())
         return {"base": dict(self.pool.base), "adapters": files.hexdigest(), "deltas": self.deltas.digest if self.deltas else None, "dtype": self.dtype}
 
     def entries(self, batch: Batch) -> Tensor:
