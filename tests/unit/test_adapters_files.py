@@ -156,7 +156,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(ours: Path, monkeypatch: pytes
     other = random_adapters(resolve_spec(model, ["o_proj"], rank=2, alpha=2))
     before = {path.name: path.read_bytes() for path in ours.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr("limbeck.adapters.peft_files._fsync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr("limbeck.files.fsync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             write_peft(other, 0, ours, base=None, provenance={})
     assert {path.name: path.read_bytes() for path in ours.iterdir()} == before

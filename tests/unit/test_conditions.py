@@ -181,6 +181,8 @@ def test_mixes_in_one_format_come_beside_the_others_and_never_twice():
     alike = [TASKS[a].format == TASKS[b].format for a, b in pairs]
     assert len(set(pairs)) == 16 and alike[8:] == [True] * 8 and alike[:8] == [False] * 8
     assert all(TASKS[a].source != TASKS[b].source for a, b in pairs)
+    alone = TASKS[:4]
+    assert {frozenset({alone[a].slice, alone[b].slice}) for a, b in mixed_pairs(alone, ["seen"] * 4, 4, 0, 0)} == {frozenset({"x", "y"})}
     with pytest.raises(DataError, match="mixes_in_one_format: 9 asked, and there are 8 pairs"):
         mixed_pairs(TASKS, ["seen"] * 8, 0, 9, 0)
 

@@ -20,6 +20,7 @@ from limbeck.adapters.deltas import Probes
 from limbeck.adapters.spec import Adapters
 from limbeck.config.parts.adapters import RepresentationOptions
 from limbeck.errors import AdapterError
+from limbeck.files import write_atomically
 
 MANIFEST, PROBES, MOMENTS = "manifest.json", "probes.safetensors", "moments.safetensors"
 FORMAT = 1
@@ -71,9 +72,7 @@ class DeltaCache:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replace the manifest."""
-        beside = self.folder / f".{MANIFEST}.{os.getpid()}"
-        beside.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(beside, self.folder / MANIFEST)
+        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:

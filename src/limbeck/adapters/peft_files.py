@@ -7,7 +7,6 @@ in the metadata of the safetensors file, since peft complains about foreign fiel
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from limbeck.adapters.peft_config import CONFIG, PeftConfig, config_fields, read
 from limbeck.adapters.spec import Adapters, AdapterSpec, Site
 from limbeck.adapters.targets import linears_of
 from limbeck.errors import AdapterError, did_you_mean
+from limbeck.files import put_in_place
 
 WEIGHTS = "adapter_model.safetensors"
 PROVENANCE = "limbeck.json"
@@ -64,7 +64,7 @@ def write_peft(
         save_file(tensors, beside / WEIGHTS, metadata={"format": "pt", "limbeck": story})
         for name, value in ((CONFIG, config_fields(adapters.spec, base)), (PROVENANCE, json.loads(story))):
             (beside / name).write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        _put_in_place(beside, folder)
+        put_in_place(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -128,26 +128,6 @@ def _refuse_strangers(folder: Path) -> None:
     strangers = sorted({path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, PROVENANCE, _README}) if folder.exists() else []
     if strangers:
         raise AdapterError(f"{folder} holds other things ({', '.join(strangers[:3])}), and an adapter replaces the folder: name another one")
-
-
-def _put_in_place(beside: Path, folder: Path) -> None:
-    for path in (*beside.iterdir(), beside):
-        _fsync(path)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    beside.rename(folder)
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _opened(folder: Path) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from limbeck.adapters.peft_files import read_peft_file
 from limbeck.adapters.spec import Adapters, cat
 from limbeck.errors import AdapterError
+from limbeck.files import write_atomically
 
 MANIFEST = "pool.json"
 FORMAT = 1
@@ -71,9 +72,7 @@ class Pool:
 def write_pool(pool: Pool) -> None:
     """Write the manifest; the entries' folders are there already."""
     record = {"format": FORMAT, "mode": pool.mode, "base": dict(pool.base), "entries": [asdict(entry) for entry in pool.entries]}
-    beside = pool.folder / f".{MANIFEST}.{os.getpid()}"
-    beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(beside, pool.folder / MANIFEST)
+    write_atomically(pool.folder / MANIFEST, json.dumps(record, indent=1))
 
 
 def read_pool(folder: Path) -> Pool:

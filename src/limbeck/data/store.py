@@ -15,7 +15,6 @@ train/  held_out/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import DataError
+from limbeck.files import damage, listing, put_in_place
 
 FORMAT = 1
 """Raised when the same options would give other tokens or other files."""
@@ -128,14 +128,8 @@ def read_info(folder: Path, *, verify: bool = False) -> DataInfo:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error}): remove {folder} and prepare again") from error
-    for name, (size, sha) in info.files.items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise DataError(f"{file}: {what}: remove {folder} and prepare again")
-        if verify and _sha256(file) != sha:
-            raise DataError(f"{file}: its content is not what was written (SHA-256 differs): remove {folder} and prepare again")
+    if problem := damage(folder, info.files, verify=verify):
+        raise DataError(f"{problem}: remove {folder} and prepare again")
     return info
 
 
@@ -149,25 +143,14 @@ def being_written(folder: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for path in (*beside.rglob("*"), beside):
-            _fsync(path)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            beside.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            beside.rename(folder)
-        _fsync(folder.parent)
+        put_in_place(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_info(folder: Path, info: DataInfo) -> DataInfo:
     """Write ``meta.json`` with the size and SHA-256 of everything else in the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, _sha256(path)) for path in paths}
+    files = listing(folder)
     record: dict[str, Any] = {**asdict(info), "files": files}
     (folder / "meta.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     return DataInfo(**{**{name: getattr(info, name) for name in record}, "files": files})
@@ -189,16 +172,3 @@ def _alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

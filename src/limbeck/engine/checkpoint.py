@@ -12,7 +12,6 @@ can read them), everything else is JSON; nothing is pickled.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -34,12 +33,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from limbeck.engine.determinism import derive_seed, rng_state, seed_everything, set_rng_state
 from limbeck.engine.parallel import World
 from limbeck.errors import CheckpointError
+from limbeck.files import fsync, sha256
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CHUNK = 1 << 22
 _PART = ".part-"
 """Each rank's piece of the manifest, gone when the whole one is written."""
 
@@ -56,35 +55,6 @@ class Loaded:
     step: int
     state: dict[str, Any]
     objectives: dict[str, Tensor]
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Force a file or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new, never half."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    fsync(path.parent)
 
 
 def _files(folder: Path) -> list[Path]:

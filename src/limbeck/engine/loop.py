@@ -18,7 +18,7 @@ from limbeck.config.parts.stages import LoopOptions, OptimOptions
 from limbeck.engine import optim, schedule
 from limbeck.engine.ahead import StepQueue, Upcoming
 from limbeck.engine.batches import Rows, StepLoader, num_steps, padding_like
-from limbeck.engine.checkpoint import Checkpoints, NoSpace, write_atomically
+from limbeck.engine.checkpoint import Checkpoints, NoSpace
 from limbeck.engine.console import Progress, quantity
 from limbeck.engine.determinism import derive_seed, deterministic, seed_everything
 from limbeck.engine.gates import check_gate
@@ -33,6 +33,7 @@ from limbeck.engine.step import TrainStep
 from limbeck.engine.validation import validate
 from limbeck.engine.window import Window
 from limbeck.errors import LimbeckError, RunError, TeacherError
+from limbeck.files import write_atomically
 from limbeck.types import Batch, Signal
 
 WAITING = 0.2

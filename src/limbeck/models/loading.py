@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from limbeck.errors import DataError, ModelError, did_you_mean
+from limbeck.files import put_in_place, sha256
 from limbeck.models.limbeck_model import pin_attention
 from limbeck.models.strict import check_loading
 
@@ -272,8 +272,7 @@ def _file_hash(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _hash_once(path: str, size: int, modified_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(Path(path))
 
 
 def _hub_commit(source: str, revision: str | None) -> str:
@@ -319,7 +318,7 @@ def save_model(
         _finish_config(model, beside / "config.json", dtype)
         if tokenizer_source is not None:
             copy_tokenizer(tokenizer_source, beside)
-        _replace(beside, folder)
+        put_in_place(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -364,23 +363,3 @@ def _names_tokenizer_class(path: Path) -> bool:
         return False
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error})") from error
-
-
-def _replace(new: Path, folder: Path) -> None:
-    for path in (*sorted(new.rglob("*")), new):
-        _fsync(path)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

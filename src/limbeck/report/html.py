@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -13,6 +12,9 @@ from typing import Any
 from limbeck.evaluation.table import comparison_rows, contexts, recall_at, recall_points, size
 from limbeck.evaluation.table import count as quantity
 from limbeck.evaluation.table import tokens as token_count
+from limbeck.files import write_atomically
+from limbeck.report.adapters import judgements, sentence, tiles, unjudged
+from limbeck.report.adapters_panel import adapters_panel, tile_row
 from limbeck.report.curves import training_figures
 from limbeck.report.ranking import importance_series, ranking_panel
 from limbeck.report.run import Run, Stage, became, key_numbers, read_run
@@ -30,9 +32,8 @@ def write_report(run_dir: Path) -> Path:
         CheckpointError: not a run directory, or a damaged file in it.
     """
     run = read_run(Path(run_dir))
-    path, beside = run.path / "report.html", run.path / f".report.html.{os.getpid()}"
-    beside.write_text(page(run), encoding="utf-8")
-    os.replace(beside, path)
+    path = run.path / "report.html"
+    write_atomically(path, page(run))
     return path
 
 
@@ -42,6 +43,7 @@ def page(run: Run) -> str:
     for stage in run.stages:
         if stage.evaluation:
             body.append(_evaluation(stage))
+    body += [adapters_panel(judged) for judged in judgements(run)]
     for stage in run.stages:
         if stage.ranking:
             body.append(_ranking(stage.name, stage.ranking))
@@ -73,21 +75,25 @@ def _header(run: Run) -> str:
     stage = run.evaluated
     if stage is not None:
         parts.append(f'<p class="lead">{escape(became(stage.evaluation or {}))}</p>')
+    judged = judgements(run)
+    if judged:
+        parts.append(f'<p class="lead">{escape(sentence(judged[-1]))}</p>')
     if run.recipe.get("description"):
         parts.append(f'<p class="note">{escape(run.recipe["description"])}</p>')
-    tiles = key_numbers(stage.evaluation or {}) if stage else []
+    if unjudged(run):
+        names = ", ".join(one.name for one in unjudged(run))
+        parts.append(f'<p class="note">No evaluate_adapters stage has judged {escape(names)}: there are training curves only.</p>')
+    shown = key_numbers(stage.evaluation or {}) if stage else []
+    if judged:
+        shown += tiles(judged[-1])
     trained = [s for s in run.stages if s.metrics]
     if trained:
         seconds = sum(s.record.get("seconds") or 0 for s in trained)
         note = f"tokens in {_duration(seconds)}, {len(trained)} stage{'s' * (len(trained) > 1)}"
-        tiles.append(("trained on", quantity(sum(s.tokens for s in trained)), note))
+        shown.append(("trained on", quantity(sum(s.tokens for s in trained)), note))
     if stage is not None:
         parts.append(_strip(stage))
-    cells = (
-        f'<div class="tile"><span>{escape(label)}</span><strong>{escape(value)}</strong><span>{escape(note)}</span></div>'
-        for label, value, note in tiles
-    )
-    return f'<header>{"".join(parts)}<div class="tiles">{"".join(cells)}</div></header>'
+    return f"<header>{''.join(parts)}{tile_row(shown)}</header>"
 
 
 def _strip(stage: Stage) -> str:

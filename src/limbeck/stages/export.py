@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -21,6 +20,7 @@ from limbeck.data.tokenizer import encode, prefix_ids
 from limbeck.engine.checkpoint import load_parameters
 from limbeck.errors import RunError, did_you_mean
 from limbeck.export.native import write_native
+from limbeck.files import sha256
 from limbeck.models.loading import load_model, load_tokenizer, save_model
 from limbeck.report.card import model_card
 from limbeck.report.run import read_run
@@ -86,7 +86,7 @@ def export_adapters(
             adapters = student.generate(ids).detach()
         target = out / (name if NAME.fullmatch(name) else safe(name, number))
         provenance = {
-            "generator": digest(fingerprint_of(folder)),
+            "generator": sha256(folder / WEIGHTS),
             "condition": name,
             "condition_hash": digest(ids.tolist()),
             "base": student.base["fingerprint"],
@@ -110,12 +110,6 @@ def condition_of(texts: list[str], tokenizer: Any, num_texts: int, num_tokens: i
         found = [*prefix_ids(tokenizer), *found][:num_tokens]
         ids[0, row, : len(found)] = torch.tensor(found)
     return ids
-
-
-def fingerprint_of(folder: Path) -> str:
-    """SHA-256 of a generator's weights."""
-    with open(folder / WEIGHTS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 FORMATS: dict[str, Callable[..., None]] = {"hf": save_model, "native": write_native}

@@ -114,7 +114,8 @@ class PrepareConditionsStageOptions(StageOptions):
     held_out: HeldOutOptions = HeldOutOptions()
     """Which conditions no generator is trained on."""
     mixes: int = Field(0, ge=0)
-    """Conditions made of two seen ones of different sources, half the examples from each; the pairs are drawn by the seed."""
+    """Conditions made of two seen ones of different sources (of different slices where there is one source), half the examples from
+    each; the pairs are drawn by the seed."""
     mixes_in_one_format: int = Field(0, ge=0)
     """More of them, of two seen conditions in the same format."""
     loss: Literal["text", "answer"] = "text"

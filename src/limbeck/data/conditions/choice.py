@@ -85,11 +85,15 @@ def _keys(task: Task) -> tuple[tuple[str, str], tuple[str, str]]:
 def mixed_pairs(tasks: Sequence[Task], splits: Sequence[str], count: int, in_one_format: int, seed: int) -> list[tuple[int, int]]:
     """``count`` different pairs of seen tasks of different sources, drawn by the seed, and ``in_one_format`` others of one format.
 
+    Where there is one source, its slices stand for sources.
+
     Raises:
         DataError: there are not so many.
     """
     seen = [i for i, split in enumerate(splits) if split == "seen"]
-    pairs = [(i, j) for i, j in itertools.combinations(seen, 2) if tasks[i].source != tasks[j].source]
+    one = len({tasks[i].source for i in seen}) == 1
+    of = [task.slice if one else task.source for task in tasks]
+    pairs = [(i, j) for i, j in itertools.combinations(seen, 2) if of[i] != of[j]]
     alike = [pair for pair in pairs if tasks[pair[0]].format == tasks[pair[1]].format]
     first = _some_of(alike, in_one_format, seed, "mixes_in_one_format", "of different sources in one format")
     rest = [pair for pair in pairs if pair not in set(first)]

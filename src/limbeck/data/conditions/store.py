@@ -14,7 +14,6 @@ An example of a mix is a line of ``examples.npy`` that points at its part's toke
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ import numpy as np
 from limbeck.data.conditions.rows import ConditionRows
 from limbeck.data.conditions.texts import SIDES, ConditionTexts
 from limbeck.errors import DataError, did_you_mean
+from limbeck.files import damage, listing, sha256
 
 FORMAT = 1
 """Raised when the same options would give other files."""
@@ -88,9 +88,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``conditions.json`` with the size and SHA-256 of everything else in the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, _sha256(path)) for path in paths}
-    text = json.dumps({**asdict(manifest), "files": files}, indent=1, sort_keys=True, ensure_ascii=False)
+    text = json.dumps({**asdict(manifest), "files": listing(folder)}, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / "conditions.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -115,14 +113,8 @@ def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error}): {again}") from error
-    for name, (size, sha) in manifest.files.items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise DataError(f"{file}: {what}: {again}")
-        if verify and _sha256(file) != sha:
-            raise DataError(f"{file}: its content is not what was written (SHA-256 differs): {again}")
+    if problem := damage(folder, manifest.files, verify=verify):
+        raise DataError(f"{problem}: {again}")
     return manifest
 
 
@@ -159,7 +151,7 @@ class ConditionSet:
     @cached_property
     def digest(self) -> str:
         """16 hexadecimal digits that change when anything in the folder does."""
-        return _sha256(self.folder / "conditions.json")[:16]
+        return sha256(self.folder / "conditions.json")[:16]
 
     def split(self, *names: str) -> list[int]:
         """Ids of the conditions of a split, or of several.
@@ -226,9 +218,3 @@ class ConditionSet:
                 f"conditions: two texts of two different conditions are the same in {alike:.0%} of all pairs, at most {ALIKE:.0%} may be: "
                 f"most prompts are the same words{way}"
             )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-

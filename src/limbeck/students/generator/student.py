@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from limbeck.adapters.spec import Adapters, AdapterSpec
 from limbeck.adapters.targets import resolve_spec
 from limbeck.config.parts.surgeries import DeltaPredictorOptions, LoraGeneratorOptions
 from limbeck.errors import ModelError
+from limbeck.files import put_in_place
 from limbeck.models.head import head_of
 from limbeck.models.hidden import hidden_states
 from limbeck.models.loading import copy_tokenizer
@@ -108,9 +108,7 @@ class ConditionedStudent(nn.Module):
         (beside / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         if tokenizer_source is not None:
             copy_tokenizer(tokenizer_source, beside)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
+        put_in_place(beside, folder)
 
 
 class GeneratorStudent(ConditionedStudent):

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from limbeck.errors import TeacherError
+from limbeck.files import fsync, sha256
 from limbeck.teachers.store.blocks import HEADER, read_header, whole
 from limbeck.teachers.store.manifest import ShardInfo
 
@@ -196,7 +197,7 @@ class ShardWriter:
         self._descriptor = -1
         done = self.path.with_suffix(".shard")
         os.rename(self.path, done)
-        _fsync(self.folder)
+        fsync(self.folder)
         info = _info(done, self._size + len(data), index, self._digest.hexdigest())
         self._entries = []
         self.number += 1
@@ -238,24 +239,14 @@ class ShardWriter:
 
 def describe(path: Path) -> ShardInfo:
     """What the manifest says about a finished file, read from the file."""
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return _info(path, path.stat().st_size, read_index(path), sha256)
+    return _info(path, path.stat().st_size, read_index(path), sha256(path))
 
 
-def _info(path: Path, size: int, index: np.ndarray, sha256: str) -> ShardInfo:
-    return ShardInfo(f"{path.parent.name}/{path.name}", size, len(index), int(index["rows"].sum()), sha256)
+def _info(path: Path, size: int, index: np.ndarray, digest: str) -> ShardInfo:
+    return ShardInfo(f"{path.parent.name}/{path.name}", size, len(index), int(index["rows"].sum()), digest)
 
 
 def _write(descriptor: int, data: bytes) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(descriptor, left) :]
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
