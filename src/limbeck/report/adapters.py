@@ -83,7 +83,7 @@ class Judgement:
         """A column in plain words.  Other generators that read their conditions are rivals; all other columns are controls."""
         fixed = {
             BASE: Column(key, "base, no adapter", "the frozen model as it is"),
-            TEACHER: Column(key, "own teacher", "the LoRA trained on the condition itself: what a perfect generator would write"),
+            TEACHER: Column(key, "own teacher", "the LoRA trained on the condition itself: all of the gain, by definition"),
             MEAN: Column(key, "mean of the seen teachers", "one adapter for all conditions, the exact mean of the seen teachers' changes", True),
             NEAREST: Column(key, "nearest seen teacher", "the teacher of the other seen condition whose texts look most alike to the base", True),
         }
@@ -95,14 +95,16 @@ class Judgement:
             name = key.removesuffix(SHUFFLED)
             return Column(
                 key, f"wrong condition: {name}",
-                "the same generator reading another condition of the split, of another source and format where there is one", name == self.generated,
+                "the same generator reading another condition's texts, of another source and format where there is one", name == self.generated,
             )  # fmt: skip
         predictor = key.partition(": ")[0]
         if key != predictor and predictor in (self.stage.options.get("predictors") or ()):
             return Column(key, f"retrieved: {key}", "seen teachers found by a predicted delta, never the condition's own; alone or merged", True)
         other = self.run.stage(key)
-        options = ((other.generator if other else None) or {}).get("options", {})
-        if options.get("condition", "none") == "none":
+        options = options_of(other) if other else {}
+        if not options:
+            return Column(key, key, "an adapter of which this run has no record", True)
+        if options["condition"] == "none":
             return Column(key, f"one LoRA for all: {key}", "a LoRA trained on all seen conditions together, which reads nothing", True)
         return Column(key, f"another generator: {key}", "a generator of this run, judged beside this one")
 
@@ -130,7 +132,8 @@ def options_of(stage: Stage) -> dict[str, Any]:
 
 def sentence(judged: Judgement) -> str:
     """What the generator does and what it was judged on."""
-    return f"{does(judged.generator)}; judged on {' and '.join(counted(judged, split) for split in judged.splits)}."
+    *first, last = (counted(judged, split) for split in judged.splits)
+    return f"{does(judged.generator)}; judged on {', '.join(first)}{' and ' * bool(first)}{last}."
 
 
 def does(stage: Stage | None) -> str:
@@ -198,6 +201,11 @@ def signed(value: float) -> str:
     return f"{value:+.4f}" if math.isfinite(value) else "–"
 
 
+def loss_words(value: float) -> str:
+    """A loss in nats a token."""
+    return f"{value:.4f}" if math.isfinite(value) else "–"
+
+
 def interval_words(found: Mapping[str, Any], low: float, high: float) -> str:
     """The 95% interval of a lead and what follows from it."""
     if found["conditions"] < 2:
@@ -208,12 +216,11 @@ def interval_words(found: Mapping[str, Any], low: float, high: float) -> str:
     return f"95% interval {signed(low)} to {signed(high)}{verdict}"
 
 
-def facts(judged: Judgement) -> list[tuple[str, str]]:
-    """What the generator is and what it learned from, as ``(label, words)``; what the run does not say is left out."""
-    stage = judged.generator
+def facts(run: Run, stage: Stage | None) -> list[tuple[str, str]]:
+    """What a generator is and what it learned from, as ``(label, words)``; what the run does not say is left out."""
     if stage is None:
-        return [("stage", f"{judged.generated}, which has left no record in this run")]
-    return [*_network(stage), *_conditions(judged.run, stage), *_learning(judged.run, stage)]
+        return [("stage", "has left no record in this run")]
+    return [*_network(stage), *_conditions(run, stage), *_learning(run, stage)]
 
 
 def _network(stage: Stage) -> Iterator[tuple[str, str]]:

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from limbeck.evaluation.table import comparison_rows
+import math
+
+from limbeck.evaluation.table import comparison_rows, percent
+from limbeck.report.adapters import (
+    SPLITS,
+    Judgement,
+    command,
+    does,
+    facts,
+    judgements,
+    loss_words,
+    notes,
+    sentence,
+    share,
+    signed,
+    tiles,
+    unjudged,
+    warnings,
+)
 from limbeck.report.run import Run, became
 
 
-def model_card(run: Run, *, stock: bool = False) -> str:
+def model_card(run: Run, *, stock: bool = False, peft: bool = False) -> str:
     """What the model is, what it was made with, how it compares, how it is loaded and how it was made.
 
-    ``stock``: transformers alone loads it.
+    ``stock``: transformers alone loads it.  ``peft``: the folder holds adapters that a LoRA generator wrote, not a model.
     """
     stage = run.evaluated
-    lines = ["---", "library_name: transformers", "tags: [limbeck, distillation, hybrid-attention]", "---", ""]
+    if peft:
+        lines = ["---", "library_name: peft", "tags: [limbeck, distillation, lora]", "---", ""]
+    else:
+        lines = ["---", "library_name: transformers", "tags: [limbeck, distillation, hybrid-attention]", "---", ""]
     lines += [f"# {_cell(run.name)}", ""]
     if stage is not None:
         lines += [became(stage.evaluation or {}), ""]
     if run.recipe.get("description"):
         lines += [_cell(run.recipe["description"]), ""]
-    lines += [
-        "## Loading", "", "```python", *([] if stock else ["import limbeck  # registers the model class"]),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")', "```", "",
-    ]  # fmt: skip
+    lines += _loading_adapters() if peft else _loading(stock)
     if stage is not None:
         results = stage.evaluation or {}
         names, setting = list(results["models"]), results.get("setting", {})
@@ -34,6 +50,11 @@ def model_card(run: Run, *, stock: bool = False) -> str:
             cells = (f"**{_cell(cell)}**" if i == row.best else _cell(cell) for i, cell in enumerate(row.cells))
             lines.append(f"| {_cell(row.group)}: {_cell(row.measure)} | " + " | ".join(cells) + " |")
         lines.append("")
+    for judged in judgements(run):
+        lines += _generator(judged)
+    for one in unjudged(run):
+        lines += [f"## LoRA generator: {_cell(one.name)}", "", f"{_cell(does(one))}. No evaluate_adapters stage has judged it.", ""]
+        lines += [*(f"* {_cell(label)}: {_cell(words)}" for label, words in facts(run, one)), "", *_writing(one.name)]
     trained = [s for s in run.stages if s.metrics]
     if trained:
         lines += ["## Training", ""]
@@ -42,6 +63,64 @@ def model_card(run: Run, *, stock: bool = False) -> str:
     if versions:
         lines += [f"Made with {versions}.", ""]
     return "\n".join(lines)
+
+
+def _loading(stock: bool) -> list[str]:
+    return [
+        "## Loading", "", "```python", *([] if stock else ["import limbeck  # registers the model class"]),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")', "```", "",
+    ]  # fmt: skip
+
+
+def _loading_adapters() -> list[str]:
+    return [
+        "## Loading", "", "Each folder here is one adapter; `adapter_config.json` names the base that it belongs to.", "", "```python",
+        "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
+        'base = AutoModelForCausalLM.from_pretrained("PATH_TO_THE_BASE")',
+        'model = PeftModel.from_pretrained(base, "PATH_TO_ONE_ADAPTER")', "```", "",
+    ]  # fmt: skip
+
+
+def _generator(judged: Judgement) -> list[str]:
+    """What a judged generator is, what it is worth beside every control, and how it writes an adapter."""
+    lines = [f"## LoRA generator: {_cell(judged.generated)}", "", _cell(sentence(judged)), ""]
+    lines += [f"* {_cell(label)}: {_cell(words)}" for label, words in facts(judged.run, judged.generator)]
+    lines += ["", *(f"**{_cell(label)}: {_cell(value)}** ({_cell(note)})  " for label, value, note in tiles(judged)), ""]
+    for warning in warnings(judged):
+        lines += [_cell(warning), ""]
+    for split in judged.splits:
+        number = judged.split(split)["conditions"]
+        lines += [f"### {_cell(judged.stage.name)}: {number} × {_cell(SPLITS.get(split, split))}", ""]
+        lines += [*(f"{_cell(note)}" for note in notes(judged, split)), ""]
+        lines += ["| | loss, nats a token | share of the teacher's gain | generated leads by | 95% interval |", "|---|" + "---:|" * 4]
+        lines += [*_rows(judged, split), ""]
+    meanings = {column.key: column for split in judged.splits for column in judged.columns(split)}
+    lines += ["Controls:", "", *(f"* {_cell(c.name)}: {_cell(c.meaning)}" for c in meanings.values() if c.control), ""]
+    if judged.results.get("composition"):
+        found = judged.results["composition"]
+        lines += [
+            f"Of {len(found['mixes'])} mixes of two tasks, the delta of the adapter trained on the mix is nearer to the sum of both parts' deltas "
+            f"than to either in {percent(found['additive'])}.", "",
+        ]  # fmt: skip
+    return lines + _writing(judged.generated)
+
+
+def _rows(judged: Judgement, split: str) -> list[str]:
+    found, rows = judged.split(split), []
+    for column in judged.columns(split):
+        mean, low, high = found["lead"].get(column.key, [math.nan] * 3)
+        name = f"**{_cell(column.name)}**" if column.key == judged.generated else _cell(column.name) + " (control)" * column.control
+        known = found["conditions"] > 1 and math.isfinite(low) and math.isfinite(high)
+        cells = [loss_words(found["nll"][column.key]), share(judged, split, column.key), signed(mean), f"{signed(low)} to {signed(high)}" if known else "–"]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def _writing(stage: str) -> list[str]:
+    line = command(stage).replace("`", "").replace("\n", " ")
+    return ["### Writing an adapter", "", "```bash", line, "```", "", "`--prompt` may stand several times, once for each example of the task.", ""]
 
 
 def _cell(text: str) -> str:

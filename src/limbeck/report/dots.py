@@ -28,6 +28,8 @@ class Dot:
     """The value as it is written beside the line."""
     title: str
     """What hovering says."""
+    strong: bool = False
+    """The line that the chart is about."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ def interval_chart(
         short = dot.name if len(dot.name) <= LONGEST_LABEL else f"{dot.name[: LONGEST_LABEL - 1]}…"
         parts.append(f'<g style="color:{escape(dot.colour)}"><title>{escape(dot.title)}</title>')
         parts.append(f'<path style="fill:transparent" d="M0 {y - ROW / 2}H{width}v{ROW}H0z"/>')
-        parts.append(f'<text class="label" x="0" y="{y + 4}">{escape(short)}</text>')
-        parts.append(f'<text class="label" x="{width}" y="{y + 4}" text-anchor="end">{escape(dot.text)}</text>')
+        weight = ' style="font-weight:600;fill:var(--ink)"' if dot.strong else ""
+        parts.append(f'<text class="label" x="0" y="{y + 4}"{weight}>{escape(short)}</text>')
+        parts.append(f'<text class="label" x="{width}" y="{y + 4}" text-anchor="end"{weight}>{escape(dot.text)}</text>')
         if math.isfinite(dot.value):
             parts += _dot(dot, y, across, low, high)
         parts.append("</g>")

@@ -15,7 +15,7 @@ from limbeck.evaluation.table import tokens as token_count
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its ``stage.json``, its metrics, and its evaluation, ranking or grid if it has one."""
+    """One stage: its ``stage.json``, its metrics, and its evaluation, ranking, grid, conditions or generator if it has one."""
 
     name: str
     record: dict[str, Any]
@@ -23,6 +23,17 @@ class Stage:
     evaluation: dict[str, Any] | None = None
     grid: list[dict[str, Any]] | None = None
     ranking: dict[str, Any] | None = None
+    adapters: dict[str, Any] | None = None
+    """A LoRA generator beside its controls."""
+    conditions: dict[str, Any] | None = None
+    """The conditions that were prepared."""
+    generator: dict[str, Any] | None = None
+    """Options, spec and base of a trained generator (or predictor)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the recipe said of it, defaults filled in."""
+        return self.record.get("options") or {}
 
     @property
     def kind(self) -> str:
@@ -54,6 +65,10 @@ class Run:
         """The last evaluation: what the headline is about."""
         return next((stage for stage in reversed(self.stages) if stage.evaluation), None)
 
+    def stage(self, name: str) -> Stage | None:
+        """A stage by its name."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
 
 def read_run(path: Path) -> Run:
     """Read a run directory; stages in the recipe's order, those of earlier recipes left out.
@@ -77,6 +92,9 @@ def read_run(path: Path) -> Run:
                     _json(folder / "evaluation" / "evaluation.json"),
                     _json(folder / "grid.json"),
                     _json(folder / "ranking" / "ranking.json"),
+                    _json(folder / "evaluation" / "adapters.json"),
+                    _json(folder / "conditions" / "conditions.json"),
+                    _json(folder / "model" / "generator.json"),
                 )
             )
     return Run(path, recipe, _json(path / "environment.json") or {}, stages)

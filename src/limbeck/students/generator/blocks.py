@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from limbeck.config.parts.surgeries import ReaderOptions
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """No autocast within: generators compute in their parameters' dtype, fp32, whatever the base does."""
+    # The meta device, on which large generators are tried out, knows no autocast.
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 class Attention(nn.Module):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor, nn
 
 from limbeck.adapters.dnd import DnDTokenizer
 from limbeck.adapters.spec import Adapters, AdapterSpec
 from limbeck.config.parts.surgeries import LoraGeneratorOptions
-from limbeck.students.generator.blocks import ConditionReader
+from limbeck.students.generator.blocks import ConditionReader, full_precision
 from limbeck.students.generator.heads import Factors, QueryDecoder, Static
 from limbeck.students.generator.hyperconv import HyperConvDecoder
 
@@ -48,9 +45,7 @@ class Generator(nn.Module):
 
     def forward(self, states_NSCD: Tensor, mask_NSC: Tensor) -> Factors:
         """The factors; plain mappings, since sharding looks for tensors in them."""
-        device = states_NSCD.device.type
-        # The meta device, on which large generators are tried out, knows no autocast.
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with full_precision(states_NSCD.device):
             if self.static is None:
                 assert self.decoder is not None
                 adapters = self.tokenizer.detokenize(self.decoder(states_NSCD.float(), mask_NSC))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from limbeck.adapters.output import PredictedOutput
 from limbeck.config.parts.surgeries import DeltaPredictorOptions
 from limbeck.errors import ModelError
-from limbeck.students.generator.blocks import MLP, ConditionReader
+from limbeck.students.generator.blocks import MLP, ConditionReader, full_precision
 from limbeck.students.generator.student import ConditionedStudent
 from limbeck.types import Batch
 
@@ -38,7 +38,7 @@ class DeltaHead(nn.Module):
 
     def forward(self, states_NSCD: Tensor, mask_NSC: Tensor) -> Tensor:
         """fp32 ``[N, F]``."""
-        with torch.autocast(states_NSCD.device.type, enabled=False):
+        with full_precision(states_NSCD.device):
             z = self.reader(states_NSCD, mask_NSC).mean(1)
             return self.centre_F + self.scale * self.out(self.norm(z + self.mlp(z)))
 
