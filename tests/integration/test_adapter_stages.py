@@ -24,7 +24,7 @@ from limbeck.adapters.delta_store import MeasuredDeltas, tensor_digest
 from limbeck.adapters.peft_files import read_peft_file
 from limbeck.adapters.pool import read_pool
 from limbeck.cli.app import app
-from limbeck.data.conditions.loaders import PoolLoader
+from limbeck.data.conditions.loaders import ConditionLoader, PoolLoader
 from limbeck.data.conditions.store import ConditionSet
 from limbeck.engine.loop import Trainer
 from limbeck.engine.metrics import read_metrics
@@ -214,10 +214,37 @@ def test_slots_read_rows_of_their_own_condition_in_an_order_of_their_own(finishe
     own = rows.batch(list(rows.rows_of(ids[0]))).input_ids_BT
     epoch = torch.cat([step[:1] for step in read(loader(ids, each=1), len(own))])
     assert sorted(epoch.tolist()) == sorted(own.tolist()), "an epoch is every row once"
-    with pytest.raises(DataError, match=r"4 adapters x 1 rows a step cannot be shared out evenly to 3 processes"):
+    with pytest.raises(DataError, match=r"4 rows a step cannot be shared out evenly to 3 processes: choose a multiple of 3"):
         loader(ids, each=1, world=3)
-    with pytest.raises(DataError, match=r"taken with 4 adapters on .* resume with the same conditions"):
+    with pytest.raises(DataError, match=r"taken with 4 slots on .* resume with the same conditions"):
         loader(ids[:2]).restore(again.state())
+
+
+def test_a_generator_reads_every_condition_as_often(finished: Finished) -> None:
+    conditions = finished.conditions
+    ids = conditions.split("seen")
+    rows = conditions.rows(ids)
+    through, again = (ConditionLoader(rows, 6, seed=3) for _ in range(2))
+    steps = [through.next_step() for _ in range(6)]
+    owners = [owner for step in steps for owner in step.adapters_B.tolist()]  # type: ignore[union-attr]
+    rounds = [owners[at : at + len(ids)] for at in range(0, len(owners), len(ids))]
+    assert all(sorted(turn) == ids for turn in rounds) and len({tuple(turn) for turn in rounds}) > 1
+    texts: dict[int, list[Any]] = {i: [] for i in ids}
+    for step in steps:
+        for owner, text in zip(step.adapters_B.tolist(), step.input_ids_BT.tolist(), strict=True):  # type: ignore[union-attr]
+            texts[owner].append(text)
+    for i in ids:
+        own = rows.batch(list(rows.rows_of(i))).input_ids_BT.tolist()
+        epoch = texts[i][: len(own)]
+        assert all(epoch.count(text) <= own.count(text) for text in epoch), "a row came twice before all had come once"
+    for _ in range(2):
+        again.next_step()
+    resumed = ConditionLoader(rows, 6, seed=3)
+    resumed.restore(again.state())
+    for step in steps[2:]:
+        assert torch.equal(resumed.next_step().input_ids_BT, step.input_ids_BT)
+    halves = [ConditionLoader(rows, 6, seed=3, rank=rank, world=2) for rank in range(2)]
+    assert torch.equal(torch.cat([half.next_step().input_ids_BT for half in halves]), steps[0].input_ids_BT)
 
 
 def test_whole_models_are_taught_measured_and_not_trained_twice(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +484,7 @@ def test_data_without_conditions_and_a_surgery_beside_the_generator_are_refused(
     monkeypatch.chdir(finished.home)
     plain = {"source": [{"kind": "text", "path": "pump.txt", "documents": "paragraph"}], "tokenizer": "base", "sequence": 32, "held_out": 0}
     words = refused(finished, "run", {"name": "plain", "stages": {"generate": {**generating([{"kind": "ce"}]), "data": plain}}})
-    assert "a LoRA generator reads conditions, and `data` is plain text: name a prepare_conditions stage" in words
+    assert "reads conditions, and `data` is plain text: name a prepare_conditions stage" in words
 
     both = generating([{"kind": "ce"}])
     both["student"]["surgery"].insert(0, {"kind": "hybridize"})

@@ -116,6 +116,8 @@ class EvaluateAdaptersStage:
     def _nearest(self, ids: Sequence[int]) -> dict[int, int]:
         """The seen condition, other than itself, whose texts look most alike to the base."""
         seen = [i for i in self.conditions.split("seen") if i in self.entries]
+        if len(seen) < 2:
+            raise RunError(f"stage '{self.context.name}': the control '{NEAREST}' needs two seen conditions with teachers, and there are {len(seen)}")
         keys, queries = self._looks(seen), self._looks(ids)
         found = {}
         for i, query in zip(ids, queries, strict=True):
