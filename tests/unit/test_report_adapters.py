@@ -208,10 +208,13 @@ def test_composition_counts_the_mixes_that_add_up(run_dir: Path) -> None:
 
 
 def test_names_cannot_become_markup_in_page_or_card(run_dir: Path) -> None:
+    write(run_dir, {"evaluate/evaluation/adapters.json": judged(gains=GAINS | {NASTY: 0.2}) | {"composition": composed()}})
     text, _ = report(run_dir)
     assert "<script" not in text and text.count("&lt;script&gt;") >= 2 * len(SPLITS)
     card = model_card(read_run(run_dir), peft=True)
     assert "<script" not in card and "&lt;script>" in card
+    table = [line for line in card.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {6}
 
 
 def test_without_an_evaluation_the_page_and_the_card_say_so(run_dir: Path) -> None:
@@ -276,8 +279,6 @@ def test_the_card_has_numbers_controls_and_the_way_to_an_adapter(run_dir: Path) 
     wanted = f"| one LoRA for all: static (control) | {found['nll']['static']:.4f} | {100 * found['share']['static']:.1f}% "
     assert f"{wanted}| {mean:+.4f} | {low:+.4f} to {high:+.4f} |" in card
     assert "* mean of the seen teachers: one adapter" in card and "* another generator" not in card
-    table = [line for line in card.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {6}
 
 
 def test_an_interval_is_drawn_where_the_lead_says() -> None:
