@@ -14,8 +14,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 from experiments.adapters_plots import finish, folder, plt  # noqa: E402
 from experiments.common import Results, cell, markdown  # noqa: E402
 
-STARTS = ("independent", "shared")
-MARK, METRIC = " starts: ", "silhouette by "
+STARTS = ("independent starts", "a start for each pool", "one start")
+MARK, METRIC = ": ", "silhouette by "
 
 
 def spaces(results: Results) -> list[str]:
@@ -31,7 +31,7 @@ def labels(results: Results) -> list[str]:
 def draw(results: Results, path: Path) -> None:
     """A panel a kind of start, a line a space, a bar a label."""
     order, words = spaces(results)[::-1], labels(results)
-    figure, axes = plt.subplots(1, len(STARTS), figsize=(9, 1.6 + 0.45 * len(order)), sharey=True)
+    figure, axes = plt.subplots(1, len(STARTS), figsize=(12, 1.6 + 0.45 * len(order)), sharey=True)
     height = 0.8 / len(words)
     for axis, start in zip(axes, STARTS, strict=True):
         for number, word in enumerate(words):
@@ -39,10 +39,10 @@ def draw(results: Results, path: Path) -> None:
             shift = height * ((len(words) - 1) / 2 - number)
             axis.barh([place + shift for place, value in found if value], [value[0] for _, value in found if value], height, label=f"by {word}")
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(title=f"{start} starts", xlabel="mean silhouette, cosine distance")
+        axis.set(title=start, xlabel="mean silhouette, cosine distance")
         axis.grid(alpha=0.3, axis="x")
     axes[0].set_yticks(range(len(order)), order)
-    axes[1].legend(frameon=False)
+    axes[-1].legend(frameon=False)
     finish(figure, path)
 
 
@@ -50,7 +50,7 @@ def table(results: Results) -> str:
     """All silhouettes; one number each, over the pools of all seeds together."""
     pairs = [(start, word) for start in STARTS for word in labels(results)]
     lines = [[space, *(cell(results.values(start + MARK + space, METRIC + word)) for start, word in pairs)] for space in spaces(results)]
-    return markdown(["space", *(f"{start} starts, by {word}" for start, word in pairs)], lines)
+    return markdown(["space", *(f"{start}, by {word}" for start, word in pairs)], lines)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Whether adapters of one condition lie together in the space of weights and in the space of behaviour, when their starts differ.
 
-    python experiments/gauge/run.py            # half an hour on one core
+    python experiments/gauge/run.py            # an hour on one core, half of it for pools that other experiments use too
     python experiments/gauge/run.py --quick    # the machinery in a minute; proves nothing
 
-A pool for each seed, with its own random start for every adapter, and three more that share one start.  A run that is interrupted goes on
-where it stopped.
+A pool for each seed, with its own random start for every adapter; three more in each of which all begin alike; and one in which all three
+adapters of a condition, too, begin with that start.  A run that is interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from limbeck.adapters.delta_store import MeasuredDeltas  # noqa: E402
 from limbeck.adapters.gauge import cosine  # noqa: E402
 from limbeck.adapters.pool import Pool, flat, read_pool  # noqa: E402
 from limbeck.adapters.spec import Adapters, cat  # noqa: E402
+
+STARTS = {"independent": "independent starts", "shared": "a start for each pool", "one start": "one start"}
 
 
 def silhouette(cosines: np.ndarray, labels: list[str]) -> float:
@@ -54,14 +56,17 @@ def main() -> None:
     lab = Lab(options.out, options.quick)
     rows: Rows = []
     found: dict[tuple[str, str], float] = {}
-    for init in ("independent", "shared"):
-        pools = [lab.pool(seed, init) for seed in seeds]
+    kinds = {
+        "independent": [lab.pool(seed) for seed in seeds],
+        "shared": [lab.pool(seed, "shared") for seed in seeds],
+        "one start": [lab.pool(seeds[0], "shared", inits=len(seeds))],
+    }
+    for init, pools in kinds.items():
         ways = {"delta, default": [lab.deltas(pool, moments=not options.quick) for pool in pools]}
         ways["delta, paper"] = [lab.deltas(pool, "-paper", paper=True) for pool in pools]
         lab.run()
         opened = [read_pool(options.out / pool / "adapters") for pool in pools]
         kept = [[k for k, entry in enumerate(pool.entries) if not entry.condition.startswith("mix/")] for pool in opened]
-        names = [opened[0].entries[k].condition for k in kept[0]]
         adapters = cat([pool.adapters([pool.entries[k] for k in own]) for pool, own in zip(opened, kept, strict=True)])
         spaces = {
             "A and B": cosines_of(flat(adapters)),
@@ -69,7 +74,7 @@ def main() -> None:
             "dW": cosine(adapters, adapters).numpy(),
             **{way: cosines_of(stacked(options.out, stages, opened, kept)) for way, stages in ways.items()},
         }
-        labels = {"condition": names * len(seeds)}
+        labels = {"condition": [pool.entries[k].condition for pool, own in zip(opened, kept, strict=True) for k in own]}
         labels["source"] = [name.split("/")[0] for name in labels["condition"]]
         labels["format"] = [name.rsplit("/", 1)[-1] for name in labels["condition"]]
         for space, cosines in spaces.items():
@@ -77,7 +82,7 @@ def main() -> None:
                 if len(set(words)) == 1:
                     continue
                 found[f"{init}: {space}", label] = value = silhouette(cosines, words)
-                rows.append({"setting": f"{init} starts: {space}", "metric": f"silhouette by {label}", "value": value})
+                rows.append({"setting": f"{STARTS[init]}: {space}", "metric": f"silhouette by {label}", "value": value})
     best = found["independent: delta, default", "condition"]
     weights = found["independent: A and B", "condition"]
     conclude(

@@ -106,7 +106,7 @@ class Judgement:
             return Column(key, key, "an adapter of which this run has no record", True)
         if options["condition"] == "none":
             return Column(key, f"one LoRA for all: {key}", "a LoRA trained on all seen conditions together, which reads nothing", True)
-        return Column(key, f"another generator: {key}", "a generator of this run, judged beside this one", True)
+        return Column(key, f"another generator: {key}", "a generator of this run, judged beside this one")
 
     def strongest(self, split: str) -> Column | None:
         """The control with the least loss."""

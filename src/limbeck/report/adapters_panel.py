@@ -31,6 +31,7 @@ WIDE = 480
 SHARE_LIMITS = (-1.0, 2.0)
 """Shares beyond these are arrows: one hopeless merge must not squeeze all others together."""
 NAMES, COLOURS = ("base", "generated", "own teacher"), ("var(--plain)", "var(--student)", "var(--teacher)")
+FOLDED = "<details style='margin-top:16px'>"
 TRAINED = "trained on the mix"
 
 
@@ -47,7 +48,7 @@ def adapters_panel(judged: Judgement) -> str:
     parts.append(_meanings(judged))
     if judged.results.get("composition"):
         parts.append(_composition(judged.results["composition"]))
-    parts.append(f"<details><summary>Every condition</summary>{_conditions(judged)}</details>")
+    parts.append(f"{FOLDED}<summary>Every condition</summary>{_conditions(judged)}</details>")
     parts.append(f"<h3>Write an adapter</h3><pre>{escape(command(judged.generated))}</pre>")
     return "".join(parts)
 
@@ -157,7 +158,7 @@ def _meanings(judged: Judgement) -> str:
         "Delta: the change of hidden states on probe texts, its cosine to the own teacher's and its size over it; dW: the change of the "
         "weights, likewise."
     )
-    return f"<details style='margin-top:16px'><summary>What the rows are</summary><dl>{listed}</dl><p class='note'>{note}</p></details>"
+    return f"{FOLDED}<summary>What the rows are</summary><dl>{listed}</dl><p class='note'>{note}</p></details>"
 
 
 def _composition(found: dict[str, Any]) -> str:
@@ -177,7 +178,7 @@ def _composition(found: dict[str, Any]) -> str:
         f"In {additive} of {len(mixes)} mixes ({percent(found['additive'])}) the delta of the teacher trained on the mix is nearer to the sum of its parts' "
         "deltas than to either. Loss in nats a token on the mix's text and on its parts' own; bold: best but the one trained on the mix."
     )
-    details = f"<details><summary>Every mix</summary>{_mixes(mixes)}</details>"
+    details = f"{FOLDED}<summary>Every mix</summary>{_mixes(mixes)}</details>"
     return f"<h3>Two tasks at once</h3><p class='note'>{note}</p>{_rows(['', *(f'on the {text}' for text in texts)], rows)}{details}"
 
 

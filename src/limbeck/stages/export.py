@@ -66,7 +66,9 @@ class ExportStage:
             if not found:
                 raise RunError(f"stage '{context.name}': conditions: no condition matches {pattern!r}{did_you_mean(pattern, known) or ''}")
             wanted |= {name: known[name] for name in found}
-        export_adapters(context, folder, context.folder / "export" / "peft", wanted, options.dtype or "float32", conditions)
+        out = context.folder / "export" / "peft"
+        export_adapters(context, folder, out, wanted, options.dtype or "float32", conditions)
+        (out / "README.md").write_text(model_card(read_run(context.run_dir), peft=True), encoding="utf-8")
 
 
 def export_adapters(
