@@ -27,6 +27,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "last token, mean over probes (paper)": {"tokens": "last", "per_probe": False},
 }
 """How deltas are read; the first is the default."""
+DEFAULT = next(iter(WAYS))
+STARTS = {"independent": "", "shared": ", one start"}
+"""How the teachers begin, and what a reading is called then: those of one start are read in the default way alone."""
 STEPS, RATE = 1000, 1e-3
 """Those of the generator of held_out_conditions, so that it is trained once."""
 
@@ -41,22 +44,23 @@ def main() -> None:
         lab.stages["conditions"]["sources"].append({"name": "text", "source": {"kind": "stdlib", "limit": 60}, "cut": 200})
         lab.stages["conditions"]["sources"].reverse()
     rows: Rows = []
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    found: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
-        pool = lab.pool(seed)
         generator = lab.generator(f"ho-generated-{RATE:g}", [{"kind": "ce"}], seed=seed, lr=RATE, steps=STEPS)
-        stages = {
-            way: lab.judge([generator], pool, f"-additivity{number}", represent=represent, composition={}, splits=["seen"], rows=4, draws=1)
-            for number, (way, represent) in enumerate(WAYS.items())
-        }
+        stages: dict[str, str] = {}
+        for starts, label in STARTS.items():
+            for number, (way, represent) in enumerate(WAYS.items() if starts == "independent" else list(WAYS.items())[:1]):
+                changes = {"represent": represent, "composition": {}, "splits": ["seen"], "rows": 4, "draws": 1}
+                stages[f"{way}{label}"] = lab.judge([generator], lab.pool(seed, starts), f"-additivity{number}-{starts}", **changes)
         lab.run()
         for way, stage in stages.items():
-            found[way].append(lab.judged(stage)["composition"])
-            for kind, mixes in by_kind(found[way][-1]["mixes"]).items():
+            own = lab.judged(stage)["composition"]
+            found.setdefault(way, []).append(own)
+            for kind, mixes in by_kind(own["mixes"]).items():
                 cosines = {"sum": [m["cosine_sum"] for m in mixes], "nearer part": [max(m["cosine_parts"]) for m in mixes]}
                 values = {f"cosine to the {k}": float(np.mean(v)) for k, v in cosines.items()}
                 rows += as_rows(f"{kind}: {way}", seed, {"additive": float(np.mean([m["additive"] for m in mixes])), **values})
-        for text, losses in found["all tokens, per probe"][-1]["nll"].items():
+        for text, losses in found[DEFAULT][-1]["nll"].items():
             rows += [{"setting": f"{text}: {name}", "seed": seed, "metric": "nll", "value": value} for name, value in losses.items()]
     conclude(
         options.out if options.quick else HERE,
@@ -64,7 +68,7 @@ def main() -> None:
         "python experiments/additivity/run.py",
         options.seeds,
         rows,
-        criteria(found["all tokens, per probe"]),
+        criteria(found),
     )
 
 
@@ -75,21 +79,19 @@ def by_kind(mixes: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {kind: chosen for kind, chosen in kinds.items() if chosen}
 
 
-def criteria(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def criteria(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """In the default way; losses are means over mixes and seeds."""
-    mixes = [mix for seed in found for mix in seed["mixes"]]
-    kinds = by_kind(mixes)
+    mixes = [mix for seed in found[DEFAULT] for mix in seed["mixes"]]
 
     def loss(text: str, name: str) -> float:
         return float(np.mean([mix["nll"][text][name] for mix in mixes]))
 
-    lines = [
-        at_least("really mixed pairs", float(len(found[0]["mixes"])), 10.0),
-        *[
-            at_least(f"{kind}: pairs (and seeds) whose delta is nearer to the sum than to either part", float(np.mean([m["additive"] for m in own])), 0.8)
-            for kind, own in kinds.items()
-        ],
-    ]
+    lines = [at_least("really mixed pairs", float(len(found[DEFAULT][0]["mixes"])), 10.0)]
+    for label in STARTS.values():
+        own = [mix for seed in found[f"{DEFAULT}{label}"] for mix in seed["mixes"]]
+        for kind, chosen in [("all", own), *by_kind(own).items()]:
+            share = float(np.mean([mix["additive"] for mix in chosen]))
+            lines.append(at_least(f"{kind}{label}: pairs (and seeds) whose delta is nearer to the sum than to either part", share, 0.8))
     for name in (MIX, GENERATED):
         for text in ("first part", "second part"):
             best = min((SUM, MEAN, TIES), key=lambda merge: loss(text, merge))
