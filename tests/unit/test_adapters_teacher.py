@@ -47,7 +47,7 @@ def pool(tmp_path: Path, base: Path, adapters: Adapters) -> Pool:
     folder = tmp_path / "pool"
     folder.mkdir()
     peft_folders(folder, base, adapters, NAMES)
-    write_pool(Pool(folder, tuple(Entry(name, name.partition("-")[0], name, {}) for name in NAMES), {"source": str(base), "fingerprint": {}}))
+    write_pool(Pool(folder, tuple(Entry(name, name.partition("-")[0], name) for name in NAMES), {"source": str(base), "fingerprint": {}}))
     return read_pool(folder)
 
 

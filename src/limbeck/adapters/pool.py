@@ -30,8 +30,7 @@ class Entry:
     condition: str
     """Name of the condition that it was trained on."""
     folder: str
-    facts: Mapping[str, Any]
-    """What was measured of it in training."""
+    """Its folder, below the pool's."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def read_pool(folder: Path) -> Pool:
 def pool_of_folders(folders: Mapping[str, Path], base: Mapping[str, Any]) -> Pool:
     """PEFT folders from elsewhere as a pool, by the name of their condition."""
     root = Path(os.path.commonpath([str(path.resolve().parent) for path in folders.values()]))
-    entries = tuple(Entry(name, name, os.path.relpath(path.resolve(), root), {}) for name, path in folders.items())
+    entries = tuple(Entry(name, name, os.path.relpath(path.resolve(), root)) for name, path in folders.items())
     return Pool(root, entries, base)
 
 

@@ -68,9 +68,9 @@ class TrainAdaptersStage:
             context.say(f"  {line}")
         context.say(f"  {len(slots)} adapters at once: {len(self.chosen)} conditions, {options.inits} for each, {shape.init} start")
         pool = AdapterPool(model, spec, len(slots), init=shape.init, seed=options.seed, dtype=self.dtype).to(context.world.device)
-        self.rows = self.conditions.rows([condition.id for condition in self.chosen])
+        rows = self.conditions.rows([condition.id for condition in self.chosen])
         loader = PoolLoader(
-            self.rows,
+            rows,
             [condition.id for condition in slots],
             each=options.loop.rows,
             seed=options.seed,
@@ -85,7 +85,7 @@ class TrainAdaptersStage:
         context.facts["result"] = {"adapters": len(slots), "loss": last, "steps": result.steps, "tokens": result.tokens}
         state = full_state_dict(pool.A), full_state_dict(pool.B)
         names = [f"{condition.name}#{slot % options.inits}" if options.inits > 1 else condition.name for slot, condition in enumerate(slots)]
-        entries = [Entry(name, condition.name, safe(name, slot), {}) for slot, (name, condition) in enumerate(zip(names, slots, strict=True))]
+        entries = [Entry(name, condition.name, safe(name, slot)) for slot, (name, condition) in enumerate(zip(names, slots, strict=True))]
         context.once(lambda: self._write(pool, state, entries, slots))
         return entries
 
@@ -113,7 +113,7 @@ class TrainAdaptersStage:
         losses = []
         for number, condition in enumerate(self.chosen):
             name = safe(condition.name, number)
-            entries.append(Entry(condition.name, condition.name, name, {}))
+            entries.append(Entry(condition.name, condition.name, name))
             folder, work = context.folder / "adapters" / name, context.folder / "models" / name
             done = work / "finished.json"
             if done.is_file() and folder.is_dir():
@@ -123,8 +123,8 @@ class TrainAdaptersStage:
             model = load_base(self.source, dtype=self.dtype, conditions=self.conditions)
             student = Student(model, self.source).to(context.world.device)
             select_trainable(student, ("all",))
-            self.rows = self.conditions.rows([condition.id])
-            loader = Loader(self.rows, options.loop.rows, seed=options.seed, rank=context.world.rank, world=context.world.size)
+            rows = self.conditions.rows([condition.id])
+            loader = Loader(rows, options.loop.rows, seed=options.seed, rank=context.world.rank, world=context.world.size)
             result = self._train(student, loader, work, CrossEntropy(CrossEntropyOptions()), microbatch=None)
             losses.append(result.loss)
             state = full_state_dict(student.model)
