@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from experiments.common import Rows, as_rows
 
+from limbeck.config.load import load_recipe
 from limbeck.config.recipe import Recipe
 from limbeck.stages.run import run_recipe
 
@@ -44,7 +44,7 @@ def ground(quick: bool) -> Tree:
         return {"conditions": conditions}
     if not SHARED.is_dir():
         sys.exit(f"needs the shared test data beside the repository: {SHARED} is not there")
-    return yaml.safe_load((HERE / "adapters_lab.yaml").read_text(encoding="utf-8"))["stages"]
+    return load_recipe(HERE / "adapters_lab.yaml").model_dump(mode="json", by_alias=True)["stages"]
 
 
 class Lab:

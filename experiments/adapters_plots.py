@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def panels(
     order = [name for name in columns(results, judged[0]) if any(name not in left.get(metric, ()) for metric in metrics)][::-1]
     figure, axes = plt.subplots(1, len(metrics), figsize=(1.8 + 3.4 * len(metrics), 1.4 + 0.32 * len(order)), sharey=True, squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
-        for number, (split, marker) in enumerate(zip(judged, "osD", strict=False)):
+        for number, (split, marker) in enumerate(zip(judged, cycle("osD"), strict=False)):
             found = [[] if name in left.get(metric, ()) else numbers(results, split, name, metric) for name in order]
             shift = 0.2 * ((len(judged) - 1) / 2 - number)
             points(axis, [place + shift for place in range(len(order))], found, fmt=marker, markersize=4, label=SPLITS[split])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from itertools import cycle
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +39,7 @@ def draw(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(1, len(splits), figsize=(5 * len(splits), 4.6), squeeze=False)
     for axis, split in zip(axes[0], splits, strict=True):
         for colour, reading in enumerate(readings):
-            for number, (count, style) in enumerate(zip(probes, STYLES, strict=False)):
+            for number, (count, style) in enumerate(zip(probes, cycle(STYLES), strict=False)):
                 found = [results.values(MARK.join((weight, count, reading)), f"nll, {split}") for weight in weights]
                 means, bars = spread(found)
                 places = [k + 0.04 * (len(probes) * colour + number) for k in range(len(weights))]

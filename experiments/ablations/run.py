@@ -1,6 +1,6 @@
 """Weights and deltas together: how much delta, on how many probes, read how.
 
-    python experiments/ablations/run.py            # an hour and a half on one core
+    python experiments/ablations/run.py            # an hour and a half on one core (estimated)
     python experiments/ablations/run.py --quick    # the machinery in a minute; proves nothing
 
 One train stage with a grid: 4 weights of the delta x 3 numbers of probes x 3 representations x 3 seeds, all on teachers of one start, so

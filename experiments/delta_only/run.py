@@ -1,6 +1,6 @@
 """Supervision by deltas alone: the published representation, which breaks the model, and what rescues it.
 
-    python experiments/delta_only/run.py            # two hours on one core
+    python experiments/delta_only/run.py            # two hours on one core (estimated)
     python experiments/delta_only/run.py --quick    # the machinery in a minute; proves nothing
 
 Every arm goes through the shipped engine, with the stages that `../adapters_lab.py` puts together.  A run that is interrupted goes on

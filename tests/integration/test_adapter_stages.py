@@ -281,6 +281,19 @@ def test_whole_models_are_taught_measured_and_not_trained_twice(finished: Finish
         run(finished.home, recipe, to="full")
 
 
+def test_a_whole_model_and_its_base_are_measured_in_one_dtype(finished: Finished) -> None:
+    # A learning rate that moves nothing: what is left of a delta would be the difference of two roundings.
+    full = {
+        "kind": "train_adapters", "base": "base", "conditions": {"from": "conditions"}, "mode": "full", "splits": ["held_out_source"],
+        "optim": {"groups": [{"lr": 1e-30}]}, "loop": {"steps": 1, "rows": 1, "precision": "float32"},
+    }  # fmt: skip
+    deltas = {"kind": "measure_deltas", "pool": {"from": "pool"}, "probes": {"count": 2, "length": 8}, "precision": "bfloat16"}
+    to = finished.beside("unmoved", "conditions")
+    run(finished.home, finished.only("conditions", pool=full, deltas=deltas), to="unmoved")
+    held = MeasuredDeltas(to / "deltas/deltas").record["adapters"].values()
+    assert held and all(entry["norm"] == 0 for entry in held)
+
+
 # -- deltas ----------------------------------------------------------------------------------------------------------------
 
 

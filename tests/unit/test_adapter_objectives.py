@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from limbeck.engine.step import TrainStep
 from limbeck.errors import AdapterError, RunError
 from limbeck.models.head import head_of
 from limbeck.needs import AdapterFactors, Deltas, InputMoments, Need, merge_needs
-from limbeck.stages.probing import padded
+from limbeck.stages.probing import padded, with_continuations
 from limbeck.students.generator.heads import key_of
 from limbeck.types import IGNORE, Batch, Output, Signal
 
@@ -215,6 +216,23 @@ def test_delta_losses_are_their_formulas_with_metrics_beside_them(world: World) 
         assert sums["delta_ratio"] == (pytest.approx(float((own.norm(dim=1) / target.norm(dim=1)).sum())), 2)
         assert sums["delta_norm"][0] == pytest.approx(float(own.norm(dim=1).sum()))
         assert sums["delta_teacher_norm"][0] == pytest.approx(float(target.norm(dim=1).sum()))
+
+
+def test_likelihoods_of_continuations_are_matched_like_states(world: World) -> None:
+    options = RepresentationOptions(what="likelihoods", continuations=2, continuation_tokens=3)
+    probes = with_continuations(world.model, world.probes, options, seed=1)
+    read = partial(embed, runner(world.model, world.injector), probes=probes, options=options, head=head_of(world.model))
+    with torch.no_grad():
+        base, teachers = read(None), read(world.teachers)
+    batch = batch_of([0, 2])
+    found = random_adapters(world.spec, 2, seed=8).map(lambda t: t.requires_grad_())
+    signal = Signal({Deltas: DeltaSignal((teachers - base)[[0, 2]], probes, options)})
+    term = build("delta")(world.output(found), signal, batch)
+    own = read(found) - base
+    wanted = ((own - (teachers - base)[[0, 2]]).square().sum(1) / (teachers - base)[[0, 2]].square().sum(1)).sum()
+    assert float(term.sum.detach()) == pytest.approx(float(wanted.detach()), rel=1e-9)
+    term.sum.backward()
+    assert all(t.grad is not None and bool(t.grad.any()) for t in found.tensors())
 
 
 @pytest.mark.parametrize("name", SETTINGS)

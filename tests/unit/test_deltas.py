@@ -30,8 +30,9 @@ from limbeck.adapters.peft_files import write_peft
 from limbeck.adapters.spec import Adapters
 from limbeck.config.parts.adapters import PAPER, RepresentationOptions
 from limbeck.errors import AdapterError, ModelError
+from limbeck.models.head import head_of
 from limbeck.models.hidden import hidden_states
-from limbeck.stages.probing import log_likelihoods, padded, with_continuations
+from limbeck.stages.probing import padded, with_continuations
 
 LENGTHS = (9, 4, 7)
 WAYS: dict[str, dict[str, Any]] = {
@@ -238,9 +239,9 @@ def test_likelihoods_are_those_of_the_continuations_alone(family: str) -> None:
     longer = with_continuations(model, probes, options, seed=5)
     assert len(longer) == 2 * len(probes) and longer.scored_KT is not None
     assert longer.scored_KT.sum(1).tolist() == [3] * len(longer)
-    likely = log_likelihoods(model)
+    head = head_of(model)
     with torch.no_grad():
-        found = embed(run, adapters, longer, options, log_likelihoods=likely, together=2)
+        found = embed(run, adapters, longer, options, head=head, together=2)
     rows = [row for row in ragged_rows(LENGTHS) for _ in range(2)]
     for i in range(len(adapters)):
         changed = changed_model(model, adapters, i)

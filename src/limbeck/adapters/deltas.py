@@ -6,7 +6,7 @@ reading).  Measuring and matching share this code, so that a target and its pred
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from limbeck.adapters.output import RunBase
 from limbeck.adapters.spec import Adapters
 from limbeck.config.parts.adapters import RepresentationOptions
 from limbeck.ops.low_rank import widened
+from limbeck.ops.projection import next_log_probabilities
+from limbeck.types import Head
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,6 @@ class DeltaSignal:
         return DeltaSignal(self.target_BF.to(device), self.probes.to(device), self.represent)
 
 
-LogLikelihoods = Callable[[Tensor, Tensor], Tensor]
-"""``(states [M, T, D], ids [M, T]) -> log-probability [M, T - 1]`` of every next token."""
-
-
 def represent(states: Sequence[Tensor], probes: Probes, options: RepresentationOptions) -> Tensor:
     """``[N, F]`` (fp32 at least) from each layer's states ``[N * K, T, D]`` on the K probes, those of one model together."""
     wide = [widened(s) for s in states]
@@ -88,21 +86,21 @@ def embed(
     options: RepresentationOptions,
     *,
     together: int | None = None,
-    log_likelihoods: LogLikelihoods | None = None,
+    head: Head | None = None,
 ) -> Tensor:
     """``v [N, F]`` of the base with each of N adapters (of the base alone, ``[1, F]``, for None).
 
     ``together`` adapters run at one time; with gradients the backward pass computes each lot again, so that the graph of one lot
-    is alive at a time.  ``log_likelihoods`` is needed by ``what: likelihoods``.
+    is alive at a time.  ``what: likelihoods`` needs the base's ``head``.
     """
 
     def lot(first: int, last: int) -> Tensor:
         chosen = None if adapters is None else adapters.pick(slice(first, last))
         ids = probes.ids_KT.repeat(last - first, 1)
         if options.what == "likelihoods":
-            assert log_likelihoods is not None and probes.scored_KT is not None
+            assert head is not None and probes.scored_KT is not None
             (states,) = run(ids, (-1,), True, chosen)
-            found = log_likelihoods(states, ids).unflatten(0, (-1, len(probes)))
+            found = next_log_probabilities(states, head, ids).unflatten(0, (-1, len(probes)))
             return (found * probes.scored_KT[:, 1:]).sum(-1)
         return represent(run(ids, options.layers, options.final_norm, chosen), probes, options)
 
@@ -114,6 +112,28 @@ def embed(
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(lot, *part, use_reentrant=False) for part in parts])
     return torch.cat([lot(*part) for part in parts])
+
+
+def measured(
+    run: RunBase,
+    adapters: Adapters,
+    wanted: Sequence[int],
+    probes: Probes,
+    options: RepresentationOptions,
+    base_1F: Tensor,
+    *,
+    together: int,
+    head: Head | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The deltas ``[lot, F]`` of the wanted adapters, ``together`` at a time, with their numbers.
+
+    Every lot has the same shape (the last adapter fills it up), so that a delta's bits do not depend on which others are wanted.
+    """
+    size = min(together, len(adapters))
+    for start in range(0, len(wanted), size):
+        lot = list(wanted[start : start + size])
+        filled = adapters.pick([*lot, *[lot[-1]] * (size - len(lot))]).to(probes.ids_KT.device)
+        yield lot, (embed(run, filled, probes, options, head=head) - base_1F)[: len(lot)]
 
 
 def relative_error(found_NF: Tensor, target_NF: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,15 +18,13 @@ RunBase = Callable[[Tensor, Sequence[int], bool, Adapters | None], list[Tensor]]
 class AdaptedOutput:
     """An :class:`~limbeck.types.Output` whose hidden states are computed when an objective asks for them.
 
-    Objectives on the adapters themselves, or on other text, never pay for the batch's.  ``adapters`` has one LoRA for each row;
-    ``factors`` are the rows' own before any chunking.
+    Objectives on the adapters themselves, or on other text, never pay for the batch's.  ``adapters`` has one LoRA for each row.
     """
 
     def __init__(self, adapters: Adapters, head: Callable[[], Head], hidden: Callable[[], Tensor], run: RunBase):
         self.adapters = adapters
         self._head, self._hidden = head, hidden
         self.run = run
-        self.hidden_layers: Mapping[int, Tensor] = {}
 
     @cached_property
     def hidden_BTD(self) -> Tensor:

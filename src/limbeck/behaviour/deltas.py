@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from limbeck.adapters.delta_store import DeltaCache, adapter_key, measuring_digest, tensor_digest
-from limbeck.adapters.deltas import Probes, embed
+from limbeck.adapters.deltas import Probes, embed, measured
 from limbeck.adapters.functional import FunctionalLoRA
 from limbeck.adapters.output import RunBase
 from limbeck.adapters.spec import Adapters
@@ -93,13 +93,8 @@ def compute_adapter_delta(
     if missing:
         with injected(base, lot.spec) as run:
             started = _started(run, found, represent, base_activation, cache, measuring)
-            # A lot always has the same shape: what is in the cache already does not change a bit of the others.
-            size = min(together, len(lot))
-            for start in range(0, len(missing), size):
-                part = missing[start : start + size]
-                filled = [*part, *[part[-1]] * (size - len(part))]
-                deltas = embed(run, lot.pick(filled).to(base.device), found, represent) - started
-                numbers |= dict(zip(part, deltas.cpu().numpy(), strict=False))
+            for part, deltas in measured(run, lot, missing, found, represent, started, together=together):
+                numbers |= dict(zip(part, deltas.cpu().numpy(), strict=True))
     stacked = np.stack([numbers[i] for i in range(len(lot))])
     if not np.isfinite(stacked).all():
         raise AdapterError(f"adapter {int(np.argmin(np.isfinite(stacked).all(1)))} gives a delta that is not finite: it is broken")
@@ -207,7 +202,9 @@ def _keep(cache: DeltaCache, numbers: dict[str, np.ndarray], names: Sequence[str
     for key, delta in numbers.items():
         if key not in cache:
             cache.put(key, delta)
-    entries = {name: {"key": key, "file": f"{key}.npy", "norm": float(np.linalg.norm(numbers[key]))} for name, key in zip(names, keys, strict=False)}
+    # Adapters that lie in memory have no name to be listed by.
+    named = zip(names, keys, strict=True) if names else ()
+    entries = {name: {"key": key, "file": f"{key}.npy", "norm": float(np.linalg.norm(numbers[key]))} for name, key in named}
     if any(manifest.get(name) != entry for name, entry in entries.items()):
         cache.write_manifest({**manifest, **entries})
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from limbeck.adapters.deltas import Probes
 from limbeck.adapters.inject import Injector
@@ -16,10 +16,10 @@ from limbeck.adapters.peft_files import read_peft
 from limbeck.adapters.spec import Adapters, AdapterSpec, cat
 from limbeck.config.parts.adapters import ProbeOptions
 from limbeck.errors import DataError, ModelError, RunError
-from limbeck.models.hidden import hidden_states
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
 from limbeck.stages.folder import read_json
 from limbeck.stages.probing import probes_of
+from limbeck.students.adapted import runner
 
 AdapterSource = Adapters | str | Path | Sequence[str | Path]
 """Adapters, a PEFT folder, or several of one shape."""
@@ -77,18 +77,6 @@ def injected(model: Any, spec: AdapterSpec) -> Iterator[RunBase]:
         yield runner(model, injector)
     finally:
         injector.remove()
-
-
-def runner(model: Any, injector: Injector | None) -> RunBase:
-    """``run(ids, layers, final_norm, adapters)`` for :func:`limbeck.adapters.deltas.embed`."""
-
-    def run(ids_BT: Tensor, layers: Sequence[int], final_norm: bool, adapters: Adapters | None) -> list[Tensor]:
-        if injector is None:
-            return hidden_states(model, ids_BT, layers, final_norm=final_norm)
-        with injector.active(adapters):
-            return hidden_states(model, ids_BT, layers, final_norm=final_norm)
-
-    return run
 
 
 def stage_of_kind(run: str | Path, kind: str, name: str | None = None) -> str:

@@ -20,8 +20,8 @@ from limbeck.data.conditions.store import Condition, ConditionSet
 from limbeck.evaluation.bootstrap import paired, spearman
 from limbeck.evaluation.perplexity import CrossEntropyTally
 from limbeck.models.head import head_of
-from limbeck.models.hidden import hidden_states
 from limbeck.models.packed import forward_packed, rows_seen
+from limbeck.students.adapted import runner
 from limbeck.types import Batch
 
 Column = Callable[[Sequence[int]], Adapters | None]
@@ -82,11 +82,7 @@ class Judged:
     @torch.no_grad()
     def deltas(self, adapters: Adapters, probes: Probes, options: RepresentationOptions) -> Tensor:
         """Delta embeddings ``[N, F]``."""
-
-        def run(ids: Tensor, layers: Sequence[int], final_norm: bool, chosen: Adapters | None) -> list[Tensor]:
-            with self.injector.active(chosen):
-                return hidden_states(self.model, ids, layers, final_norm=final_norm)
-
+        run = runner(self.model, self.injector)
         return embed(run, adapters, probes, options, together=self.together) - embed(run, None, probes, options)
 
 

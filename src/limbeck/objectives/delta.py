@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,12 +83,15 @@ class Delta(ProbedObjective):
         return None
 
     def _found(self, adapted: AdaptedOutput, wanted: DeltaSignal) -> Tensor:
+        read = partial(embed, adapted.run, probes=wanted.probes, options=wanted.represent)
+        if wanted.represent.what == "likelihoods":
+            read = partial(read, head=adapted.head)
         with self.compute(wanted.target_BF.device):
             if self._base_1F is None:
                 # The base is frozen: once, in the dtype that the adapted passes have, since the difference is small.
                 with torch.no_grad():
-                    self._base_1F = embed(adapted.run, None, wanted.probes, wanted.represent)
-            return embed(adapted.run, adapted.adapters, wanted.probes, wanted.represent, together=self.microbatch) - self._base_1F
+                    self._base_1F = read(None)
+            return read(adapted.adapters, together=self.microbatch) - self._base_1F
 
 
 def bounded_cosine(found_NF: Tensor, target_NF: Tensor) -> Tensor:

@@ -118,6 +118,18 @@ def logits_of(hidden_nD: Tensor, head: Projection, ids_nK: Tensor | None = None)
     return logits_nC, slope_nC
 
 
+def whole_logits(hidden_nD: Tensor, head: Head) -> Tensor:
+    """Logits ``[n, V]`` of a few rows: for what needs all of them at once, such as sampling."""
+    width, mask_V = common_vocabulary([head])
+    return logits_of(hidden_nD, project_with(hidden_nD, whole_head(head), width, mask_V, 1.0))[0]
+
+
+def next_log_probabilities(hidden_MTD: Tensor, head: Head, ids_MT: Tensor) -> Tensor:
+    """Log-probability ``[M, T - 1]`` of every next token of M rows, one row's logits at a time."""
+    rows = zip(hidden_MTD, ids_MT, strict=True)
+    return torch.stack([whole_logits(h[:-1], head).log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1) for h, ids in rows])
+
+
 def shift(logits_nC: Tensor) -> Tensor:
     """Subtract each row's maximum in place; returns where it stood."""
     top, where = logits_nC.max(1, keepdim=True)

@@ -36,6 +36,7 @@ from limbeck.stages.context import StageContext
 from limbeck.stages.folder import write_json
 from limbeck.stages.probing import probes_of
 from limbeck.stages.train import trained_model
+from limbeck.students.generator.conditions import BaseStates
 from limbeck.students.generator.predictor import DeltaPredictor
 from limbeck.students.generator.student import GeneratorStudent, is_generator
 
@@ -119,6 +120,8 @@ class EvaluateAdaptersStage:
         if len(seen) < 2:
             raise RunError(f"stage '{self.context.name}': the control '{NEAREST}' needs two seen conditions with teachers, and there are {len(seen)}")
         keys, queries = self._looks(seen), self._looks(ids)
+        # All texts look alike in a mean state: what sets them apart is left.
+        keys, queries = keys - keys.mean(0), queries - keys.mean(0)
         found = {}
         for i, query in zip(ids, queries, strict=True):
             others = [k for k, j in enumerate(seen) if j != i]
@@ -126,9 +129,7 @@ class EvaluateAdaptersStage:
         return found
 
     def _looks(self, ids: Sequence[int]) -> Tensor:
-        """Mean state of the base over texts of each condition, centred, ``[N, D]``."""
-        from limbeck.students.generator.conditions import BaseStates
-
+        """Mean state of the base over texts of each condition, summed over draws, ``[N, D]``."""
         reader = BaseStates(self.student.model, None)
         total = torch.zeros(len(ids), reader.size, device=self.context.world.device)
         for draw in range(self.options.draws + 2):
@@ -136,9 +137,7 @@ class EvaluateAdaptersStage:
                 states, mask = reader(self._texts(list(ids[start : start + self.options.together]), draw))
                 weights = mask.unsqueeze(-1)
                 total[start : start + len(states)] += (states.float() * weights).sum((1, 2)) / weights.sum((1, 2))
-        if not hasattr(self, "_centre"):
-            self._centre = total.mean(0)
-        return total - self._centre
+        return total
 
     def _retrieved(self, stage: str, ids: Sequence[int]) -> dict[str, Column]:
         """The seen adapters whose measured deltas are nearest to the predicted one, never the condition's own: the nearest, and merges."""
@@ -280,5 +279,3 @@ class EvaluateAdaptersStage:
         for line in found.pop("lines"):
             self.context.say(f"  {line}")
         return found
-
-

@@ -10,18 +10,20 @@ import numpy as np
 import torch
 
 from limbeck.adapters.delta_store import DeltaCache, adapter_key, measuring_digest, write_measured
-from limbeck.adapters.deltas import Probes, embed
+from limbeck.adapters.deltas import Probes, embed, measured
 from limbeck.adapters.inject import Injector
-from limbeck.adapters.pool import Entry, Pool
+from limbeck.adapters.pool import Pool
 from limbeck.adapters.spec import Adapters
 from limbeck.config.parts.adapters import MeasureDeltasStageOptions
 from limbeck.engine.precision import autocast
 from limbeck.errors import RunError
-from limbeck.models.hidden import hidden_states
+from limbeck.models.head import head_of
 from limbeck.models.loading import fingerprint, load_model, load_tokenizer
 from limbeck.stages.adapting import base_record, checked_source, open_conditions, open_pool
 from limbeck.stages.context import StageContext
-from limbeck.stages.probing import input_moments, log_likelihoods, probes_of, with_continuations
+from limbeck.stages.folder import digest
+from limbeck.stages.probing import input_moments, probes_of, with_continuations
+from limbeck.students.adapted import runner
 
 OUTLIER = 10.0
 """Times the median norm (or less than a tenth of it) from which a delta is named as an outlier."""
@@ -48,7 +50,8 @@ class MeasureDeltasStage:
         self.probes = self._probes(source)
         self.measuring = measuring_digest(pool.base, self.probes, self.represent, options.precision)
         self.cache = DeltaCache(context.run_dir / "delta_cache")
-        with torch.no_grad():
+        # One compute dtype for the base and all that is compared with it.
+        with torch.no_grad(), autocast(context.world.device, options.precision):
             found = self._loras(pool) if pool.mode == "lora" else self._models(pool)
         statistics = self._statistics({name: numbers for name, (_, numbers) in found.items()})
         moments = input_moments(self.model, pool.adapters(pool.entries[:1]).spec, self.probes) if options.moments else None
@@ -74,9 +77,8 @@ class MeasureDeltasStage:
         context.say(f"  {len(probes)} probes, {int(probes.mask_KT.sum())} tokens")
         return probes
 
-    def _embed(self, run: Any, adapters: Adapters | None) -> torch.Tensor:
-        with autocast(self.context.world.device, self.options.precision):
-            return embed(run, adapters, self.probes, self.represent, log_likelihoods=log_likelihoods(self.model)).float()
+    def _embed(self, model: Any, injector: Injector | None = None, adapters: Adapters | None = None) -> torch.Tensor:
+        return embed(runner(model, injector), adapters, self.probes, self.represent, head=head_of(model))
 
     def _loras(self, pool: Pool) -> dict[str, tuple[str, np.ndarray]]:
         """All adapters x probes, ``together`` at a time, each lot of the same shape whatever is in the cache already."""
@@ -86,49 +88,38 @@ class MeasureDeltasStage:
         missing = [i for i, key in enumerate(keys) if key not in self.cache]
         self.context.say(f"  {len(keys)} adapters, {len(keys) - len(missing)} of them measured before")
         injector = Injector(self.model, adapters.spec)
-
-        def run(ids: torch.Tensor, layers: Any, final_norm: bool, chosen: Adapters | None) -> list[torch.Tensor]:
-            with injector.active(chosen):
-                return hidden_states(self.model, ids, layers, final_norm=final_norm)
-
-        began = time.monotonic()
+        began, done = time.monotonic(), 0
         try:
-            base = self._embed(run, None)
-            size = min(options.together, len(keys))
+            base = self._embed(self.model, injector)
             # How far apart the base lies from itself when others share its batch: what no delta can be told from.
-            nothing = adapters.pick([0] * size).map(torch.zeros_like).to(device)
-            self.noise = float((self._embed(run, nothing) - base).norm(dim=-1).max())
-            for start in range(0, len(missing), size):
-                lot = missing[start : start + size]
-                filled = [*lot, *[lot[-1]] * (size - len(lot))]
-                deltas = self._embed(run, adapters.pick(filled).to(device)) - base
-                for i, numbers in zip(lot, deltas.cpu().numpy(), strict=False):
+            nothing = adapters.pick([0] * min(options.together, len(keys))).map(torch.zeros_like).to(device)
+            self.noise = float((self._embed(self.model, injector, nothing) - base).norm(dim=-1).max())
+            lots = measured(
+                runner(self.model, injector), adapters, missing, self.probes, self.represent, base, together=options.together, head=head_of(self.model)
+            )
+            for lot, deltas in lots:
+                for i, numbers in zip(lot, deltas.cpu().numpy(), strict=True):
                     self.cache.put(keys[i], numbers)
-                self._progress(start + len(lot), len(missing), began)
+                done += len(lot)
+                self._progress(done, len(missing), began)
         finally:
             injector.remove()
         return {entry.name: (key, self._held(key)) for entry, key in zip(pool.entries, keys, strict=True)}
 
     def _models(self, pool: Pool) -> dict[str, tuple[str, np.ndarray]]:
         """Whole models, one after the other."""
-        base = self._embed(_plain(self.model), None)
+        base = self._embed(self.model)
         self.noise = 0.0
         found = {}
         began = time.monotonic()
         for number, entry in enumerate(pool.entries, 1):
-            key = self._model_key(pool, entry)
+            key = f"model-{digest([fingerprint(str(pool.folder / entry.folder)), self.measuring])}"
             if key not in self.cache:
                 model = load_model(str(pool.folder / entry.folder), device=self.context.world.device)
-                own = embed(_plain(model), None, self.probes, self.represent, log_likelihoods=log_likelihoods(model)).float()
-                self.cache.put(key, (own - base)[0].cpu().numpy())
+                self.cache.put(key, (self._embed(model) - base)[0].cpu().numpy())
                 self._progress(number, len(pool.entries), began)
             found[entry.name] = (key, self._held(key))
         return found
-
-    def _model_key(self, pool: Pool, entry: Entry) -> str:
-        from limbeck.stages.folder import digest
-
-        return f"model-{digest([fingerprint(str(pool.folder / entry.folder)), self.measuring])}"
 
     def _held(self, key: str) -> np.ndarray:
         numbers = self.cache.get(key)
@@ -163,12 +154,3 @@ class MeasureDeltasStage:
             self.context.say(f"  WARNING: {name}: {note}")
         self.context.facts["result"] = {"adapters": len(found), "median_norm": median, "outliers": len(notes), "noise": self.noise}
         return {name: {"norm": norm, **({"note": notes[name]} if name in notes else {})} for name, norm in norms.items()}
-
-
-def _plain(model: Any) -> Any:
-    def run(ids: torch.Tensor, layers: Any, final_norm: bool, chosen: Adapters | None) -> list[torch.Tensor]:
-        return hidden_states(model, ids, layers, final_norm=final_norm)
-
-    return run
-
-

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from limbeck.adapters.deltas import LogLikelihoods, Probes
+from limbeck.adapters.deltas import Probes
 from limbeck.adapters.probe_texts import DIVERSE, create_domain_probes, create_generic_probes
 from limbeck.adapters.spec import AdapterSpec
 from limbeck.adapters.targets import modules_of
@@ -18,6 +18,7 @@ from limbeck.data.conditions.store import END, START, ConditionSet
 from limbeck.errors import DataError
 from limbeck.models.head import head_of
 from limbeck.models.hidden import hidden_states
+from limbeck.ops.projection import whole_logits
 
 SNIPPETS = 32
 """Probes drawn from conditions by default."""
@@ -73,29 +74,13 @@ def with_continuations(model: nn.Module, probes: Probes, options: Representation
         starts += [text.shape[1]] * options.continuations
         for _ in range(options.continuation_tokens):
             (states,) = hidden_states(model, text, [-1])
-            probabilities = _logits(model, states[:, -1:]).squeeze(1).softmax(-1).cpu()
+            probabilities = whole_logits(states[:, -1], head_of(model)).softmax(-1).cpu()
             text = torch.cat([text, torch.multinomial(probabilities, 1, generator=generator).to(text.device)], 1)
         rows += text.tolist()
     found = padded(rows)
     places = torch.arange(found.ids_KT.shape[1])
     scored = found.mask_KT & (places >= torch.tensor(starts)[:, None])
     return Probes(found.ids_KT, found.mask_KT, scored)
-
-
-def log_likelihoods(model: nn.Module) -> LogLikelihoods:
-    """``(states [M, T, D], ids [M, T]) -> log-probability [M, T - 1]`` of each next token, a row's logits at a time."""
-
-    def of(states: Tensor, ids: Tensor) -> Tensor:
-        rows = [_logits(model, states[i : i + 1, :-1]).log_softmax(-1).gather(-1, ids[i : i + 1, 1:, None]).squeeze(-1) for i in range(len(ids))]
-        return torch.cat(rows)
-
-    return of
-
-
-def _logits(model: nn.Module, states: Tensor) -> Tensor:
-    head = head_of(model)
-    logits = head.scale * nn.functional.linear(states, head.weight_VD.to(states.dtype), head.bias_V).float()
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 @torch.no_grad()

@@ -59,22 +59,24 @@ class AdaptersTeacher(FrozenModel):
 
     def load(self, device: torch.device | str) -> None:
         """Read the adapters and their deltas; the base too, if it has to run."""
-        if AdapterFactors in self.needs or HeadHidden in self.needs:
-            self._adapters = self.pool.adapters().to(torch.float32)
+        factors = AdapterFactors in self.needs or HeadHidden in self.needs
+        # Whole models have behaviour alone; asked for factors, their pool says so.
+        held = self.pool.adapters() if factors or self.pool.mode == "lora" else None
+        if factors and held is not None:
+            self._adapters = held.to(torch.float32)
         if Deltas in self.needs:
             assert self.deltas is not None
-            self._check_measured(self.deltas)
+            if held is not None:
+                self._check_measured(self.deltas, held)
             self._targets = self.deltas.stacked([entry.name for entry in self.pool.entries])
         if HeadHidden in self.needs:
             super().load(device)
             assert self._adapters is not None
             self._injector = Injector(self.model, self._adapters.spec)
 
-    def _check_measured(self, deltas: MeasuredDeltas) -> None:
+    def _check_measured(self, deltas: MeasuredDeltas, adapters: Adapters) -> None:
         """Another pool's adapters may have the same names: their deltas would teach something else."""
-        if self.pool.mode != "lora":
-            return
-        adapters, held = self.pool.adapters(), deltas.record["adapters"]
+        held = deltas.record["adapters"]
         for i, entry in enumerate(self.pool.entries):
             if entry.name in held and held[entry.name]["key"] != adapter_key(adapters, i, deltas.record["measuring"]):
                 raise TeacherError(

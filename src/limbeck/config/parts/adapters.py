@@ -233,4 +233,6 @@ class EvaluateAdaptersStageOptions(StageOptions):
     def _retrieval(self) -> EvaluateAdaptersStageOptions:
         if bool(self.predictors) != (self.deltas is not None):
             raise ValueError("`predictors` retrieve among measured `deltas`: give both or neither")
+        if self.represent.what != "states":
+            raise ValueError("represent: adapters are judged by states; `what: likelihoods` is for measure_deltas")
         return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,10 +18,10 @@ from limbeck.config.parts.surgeries import DeltaPredictorOptions, LoraGeneratorO
 from limbeck.errors import ModelError
 from limbeck.files import put_in_place
 from limbeck.models.head import head_of
-from limbeck.models.hidden import hidden_states
 from limbeck.models.loading import copy_tokenizer
 from limbeck.models.packed import forward_packed, leak_probe, rows_seen
 from limbeck.models.structure import layer_list
+from limbeck.students.adapted import runner
 from limbeck.students.generator.conditions import states_of
 from limbeck.students.generator.network import Generator
 from limbeck.types import Batch
@@ -121,6 +120,7 @@ class GeneratorStudent(ConditionedStudent):
         self.spec: AdapterSpec = resolve_spec(model, options.targets, rank=options.rank, alpha=options.alpha, rslora=options.rslora)
         self.generator = Generator(self.spec, options, self.states.size, self.text_shape)
         self.injector = Injector(model, self.spec)
+        self.run_base = runner(model, self.injector)
 
     @property
     def trained(self) -> nn.Module:
@@ -146,11 +146,6 @@ class GeneratorStudent(ConditionedStudent):
         rows = rows_seen(self.model, batch)
         with self.injector.active(adapters if rows is None else adapters.pick(rows)):
             return forward_packed(self.model, batch)
-
-    def run_base(self, ids_BT: Tensor, layers: Sequence[int], final_norm: bool, adapters: Adapters | None) -> list[Tensor]:
-        """States of right-padded rows, equal shares of them with each adapter: see :data:`limbeck.adapters.output.RunBase`."""
-        with self.injector.active(adapters):
-            return hidden_states(self.model, ids_BT, layers, final_norm=final_norm)
 
 
 def is_generator(folder: str | Path) -> bool:
@@ -178,4 +173,3 @@ def read_weights(folder: Path, generator: nn.Module) -> None:
         # safetensors and torch name a damaged file and a missing or misshapen tensor by different types.
         reason = str(error).strip().splitlines()
         raise ModelError(f"{folder / WEIGHTS}: does not hold this generator ({' '.join(reason[:3])})") from error
-
