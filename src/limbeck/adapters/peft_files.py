@@ -69,6 +69,23 @@ def write_peft(
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def check_peft_can_load(model: nn.Module, spec: AdapterSpec) -> None:
+    """Refuse an adapter that peft would load as another one.
+
+    Of a model whose experts are fused into parameters, peft (0.21) takes every ``gate_proj``, ``up_proj`` and ``down_proj`` to mean
+    the routed experts, the shared expert's too, and warns of missing keys at most.
+
+    Raises:
+        AdapterError: the spec changes such a Linear of such a model.
+    """
+    taken = [path for path in spec.paths if path.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj")]
+    if taken and any(name.endswith(".experts.gate_up_proj") for name, _ in model.named_parameters()):
+        raise AdapterError(
+            f"peft cannot load this adapter: it changes {taken[0]} ({len(taken)} such), and in a model with fused experts peft takes that name to "
+            "mean the routed experts; leave the MLP out of `targets` (`attention` loads exactly), or keep this adapter within Limbeck"
+        )
+
+
 def read_peft(folder: Path, model: nn.Module) -> Adapters:
     """The adapter in a folder (N = 1) for a model: every tensor is used, every expected one is there, every shape fits.
 

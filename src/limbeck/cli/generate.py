@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,11 +14,30 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 for greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that a LoRA generator reads; several times for several; by default the prompt.", show_default=False),
+    ] = None,
+    condition_file: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="The same from a file: each is one text.", show_default=False)
+    ] = None,
+    named: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A condition of the LoRA generator's own data to read instead.", show_default=False)
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show what the base writes without the generated LoRA, too.")] = False,
 ) -> None:
-    """Continue a prompt, as it is decoded."""
-    from limbeck.stages.generate import generate_text
+    """Continue a prompt, as it is decoded; a LoRA generator reads a condition first and its base writes with the LoRA.
 
-    typer.echo(prompt, nl=False)
-    for text in generate_text(path, prompt, tokens=tokens, temperature=temperature, seed=seed):
-        typer.echo(text, nl=False)
-    typer.echo("")
+    limbeck generate runs/lora-generator/generate --condition "reverse a list" --prompt "def reverse(" --compare
+    """
+    from limbeck.stages.generate import Reads, continuations, texts_of
+
+    reads = Reads([*(condition or ()), *texts_of(condition_file or ())], named)
+    found = continuations(path, prompt, tokens=tokens, temperature=temperature, seed=seed, reads=reads, compare=compare)
+    for title, pieces in found.items():
+        if compare:
+            typer.echo(f"--- {title}")
+        typer.echo(prompt, nl=False)
+        for text in pieces:
+            typer.echo(text, nl=False)
+        typer.echo("")

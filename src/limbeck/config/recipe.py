@@ -14,16 +14,18 @@ from limbeck.config.parts.stages import STAGES
 from limbeck.config.ranking import ranking_problems
 from limbeck.errors import Problem, did_you_mean
 
-_WITHOUT_MODEL = ("prepare", "evaluate", "capture", "rank_layers", "prepare_conditions", "train_adapters", "measure_deltas", "evaluate_adapters")
-_WITHOUT_DATA = ("evaluate", "export", "rank_layers", "train_adapters", "measure_deltas", "evaluate_adapters")
+CONDITION_STAGES = ("prepare_conditions", "prepare_trajectories")
+"""Kinds of stages that make conditions."""
+_WITHOUT_MODEL = ("prepare", "evaluate", "capture", "rank_layers", *CONDITION_STAGES, "train_adapters", "measure_deltas", "evaluate_adapters", "evaluate_agent")
+_WITHOUT_DATA = ("evaluate", "export", "rank_layers", "train_adapters", "measure_deltas", "evaluate_adapters", "evaluate_agent")
 _MAKERS = {
-    "signals": ("capture", "makes no signals"),
-    "keep": ("rank_layers", "ranks no layers"),
-    "pool": ("train_adapters", "trains no pool of adapters"),
-    "deltas": ("measure_deltas", "measures no deltas"),
-    "conditions": ("prepare_conditions", "makes no conditions"),
+    "signals": (("capture",), "makes no signals"),
+    "keep": (("rank_layers",), "ranks no layers"),
+    "pool": (("train_adapters",), "trains no pool of adapters"),
+    "deltas": (("measure_deltas",), "measures no deltas"),
+    "conditions": (CONDITION_STAGES, "makes no conditions"),
 }
-"""The last word of a path before `.from` -> the kind of stage that makes what it names, and what is wrong with another."""
+"""The last word of a path before `.from` -> the kinds of stages that make what it names, and what is wrong with another."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -118,9 +120,9 @@ def reference_problems(edges: dict[str, list[tuple[str, str]]], kinds: dict[str,
                 message = f"no stage named {target!r}{hint} stages: {', '.join(edges)}"
                 problems.append(Problem("", f"stages.{name}.{path}", message))
             elif (word := path.removesuffix(".from").rsplit(".", 1)[-1]) in _MAKERS:
-                maker, lack = _MAKERS[word]
-                if (kind := kinds.get(target)) not in (maker, None):
-                    problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it {lack}; name a {maker} stage"))
+                makers, lack = _MAKERS[word]
+                if (kind := kinds.get(target)) not in (*makers, None):
+                    problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it {lack}; name a {' or '.join(makers)} stage"))
             elif kinds.get(name) == "rank_layers" and path == "from" and kinds.get(target) not in ("train", None):
                 message = f"stage {target!r} is of kind {kinds[target]}: name the train stage whose student has the mixers"
                 problems.append(Problem("", f"stages.{name}.{path}", message))

@@ -33,7 +33,7 @@ def _facts(recipe: Recipe, stage: Any) -> list[tuple[str, str]]:
         facts += [("student", _student(stage.student)), ("trains", ", ".join(stage.student.train))]
     if hasattr(stage, "objectives"):
         teacher = stage.teacher
-        facts.append(("teacher", f"{teacher.kind} {_source(getattr(teacher, 'model', ''))}".strip() if teacher else "none"))
+        facts.append(("teacher", _teacher(teacher) if teacher else "none"))
         facts.append(("loss", " + ".join(o.kind if o.weight == 1 else f"{o.weight:g} x {o.kind}" for o in stage.objectives)))
     if hasattr(stage, "optim"):
         facts.append(("rates", ", ".join(f"{g.role or g.match or 'all'} {g.lr:g}" for g in stage.optim.groups)))
@@ -44,6 +44,10 @@ def _facts(recipe: Recipe, stage: Any) -> list[tuple[str, str]]:
         facts.append(("budget", _budget(stage.loop, _sequence(recipe, stage.data))))
     if hasattr(stage, "against"):
         facts.append(("against", ", ".join(stage.against) or "nothing"))
+    if stage.kind == "prepare_trajectories":
+        source = ", ".join(stage.path) if stage.hub is None else f"hub {stage.hub.path}"
+        held_out = f"{stage.held_out:.0%} of the repositories" if isinstance(stage.held_out, float) else ", ".join(stage.held_out) or "nothing"
+        facts += [("reads", source), ("windows", f"at most {stage.sequence:,} tokens, {stage.policy}"), ("held out", held_out)]
     if stage.kind == "rank_layers":
         beside = [name for name in stage.methods if name != stage.method]
         facts.append(("keeps", f"{stage.keep} layers by {stage.method}; beside it {', '.join([*beside, 'uniform', f'{stage.random_sets} random sets'])}"))
@@ -53,6 +57,12 @@ def _facts(recipe: Recipe, stage: Any) -> list[tuple[str, str]]:
     if hasattr(stage, "to"):
         facts.append(("writes", ", ".join(stage.to)))
     return facts
+
+
+def _teacher(teacher: Any) -> str:
+    """Kind, and where it is: its model, or what it is asked at."""
+    place = getattr(teacher, "model", None) or getattr(teacher, "url", "")
+    return f"{teacher.kind} {_source(place)}".strip()
 
 
 def _source(source: Any) -> str:

@@ -103,7 +103,7 @@ def read_files(
         if path.suffix == ".parquet":
             raise DataError(f"{name}: a parquet file holds rows: set `documents: row`, or leave .parquet out of `suffixes`")
         try:
-            with _open_text(path, encoding) as file:
+            with open_text(path, encoding) as file:
                 for document in _cut(file, name, documents):
                     if _is_valid(document.text):
                         good += 1
@@ -121,7 +121,7 @@ def read_files(
         )
 
 
-def _open_text(path: Path, encoding: str) -> io.TextIOBase:
+def open_text(path: Path, encoding: str) -> io.TextIOBase:
     """Undecodable bytes become lone surrogates, so that each line or file is judged by itself; line ends stay as they are."""
     try:
         "".encode(encoding)
@@ -173,7 +173,7 @@ def read_rows(files: list[tuple[Path, str]], tally: Tally, *, title: str, encodi
     for path, name in files:
         kind = path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
         if kind == "parquet":
-            rows = _parquet_rows(path, name, reader.names, tally)
+            rows = parquet_rows(path, name, reader.names, tally)
         elif kind in ("json", "jsonl", "ndjson"):
             rows = _json_rows(path, name, encoding, tally, lines=kind != "json")
         else:
@@ -189,7 +189,7 @@ def read_rows(files: list[tuple[Path, str]], tally: Tally, *, title: str, encodi
 
 def _json_rows(path: Path, name: str, encoding: str, tally: Tally, *, lines: bool) -> Iterator[tuple[str, Any]]:
     try:
-        with _open_text(path, encoding) as file:
+        with open_text(path, encoding) as file:
             if lines:
                 yield from _json_lines(file, name, tally)
                 return
@@ -215,7 +215,8 @@ def _json_lines(file: io.TextIOBase, name: str, tally: Tally) -> Iterator[tuple[
                 tally.drop("corrupt", f"{name}:{number}")
 
 
-def _parquet_rows(path: Path, name: str, wanted: list[str], tally: Tally) -> Iterator[tuple[str, Any]]:
+def parquet_rows(path: Path, name: str, wanted: list[str], tally: Tally, *, together: int = 1024) -> Iterator[tuple[str, Any]]:
+    """Rows of a parquet file by name, ``together`` in memory at a time; ``wanted`` columns, all if it is empty."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -225,7 +226,7 @@ def _parquet_rows(path: Path, name: str, wanted: list[str], tally: Tally) -> Ite
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = [column for column in wanted if column in file.schema_arrow.names]
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns or None):
+            for batch in file.iter_batches(batch_size=together, columns=columns or None):
                 for row in batch.to_pylist():
                     yield f"{name}[{number}]", row
                     number += 1

@@ -126,7 +126,7 @@ class TextSource(Source):
             seen = ", ".join(sorted({p.suffix or p.name for p in inside})[:8]) or "nothing"
             raise DataError(
                 f"source.path: {pattern}: no file with a suffix among {', '.join(suffixes)} in this folder (it holds {seen}); "
-                "set `suffixes`"
+                "set `suffixes`, or name the files"
             )
         return wanted
 
@@ -161,7 +161,7 @@ class HubSource(Source):
         """One document a row."""
         options, reader = self.options, FieldReader(self.title, self.options.field, self.tally)
         try:
-            for i, row in enumerate(self._open()):
+            for i, row in enumerate(self.rows()):
                 document = reader.document(row, f"{options.path}/{options.split}[{i}]")
                 if document is not None:
                     yield document
@@ -170,10 +170,11 @@ class HubSource(Source):
         except Exception as error:
             # datasets, fsspec and huggingface_hub raise some twenty unrelated types for a bad name and for no network, and a
             # stream opens its files while it is read.
-            raise self._unreadable(error) from error
+            raise self.unreadable(error) from error
         reader.check()
 
-    def _open(self) -> Any:
+    def rows(self) -> Any:
+        """Rows as they are read."""
         try:
             import datasets
         except ImportError as error:
@@ -195,7 +196,8 @@ class HubSource(Source):
             streaming=options.streaming,
         )
 
-    def _unreadable(self, error: Exception) -> DataError:
+    def unreadable(self, error: Exception) -> DataError:
+        """What to say of an error that ``datasets`` raised."""
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
         way = (
             "check name, split and field"

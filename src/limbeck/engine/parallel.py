@@ -101,8 +101,10 @@ def parallelize(step: TrainStep, world: World, policy: MixedPrecisionPolicy) -> 
     """
     if world.mesh is None:
         return
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     for unit in _inner_first(step.student, step.student.units()):
-        _shard(unit, world.mesh, policy, reshard=True)
+        # A network that computes in float32 by itself must not find its parameters rounded.
+        _shard(unit, world.mesh, whole if getattr(unit, "keeps_precision", False) else policy, reshard=True)
     # A streaming step calls its mixers directly, each a root of its own; the student around them is only stored sharded.
     root = step.student if isinstance(step, StreamingTrainStep) else step
     _shard(root, world.mesh, policy, reshard=False)

@@ -31,7 +31,7 @@ from limbeck.evaluation.divergence import DivergenceTally
 from limbeck.evaluation.perplexity import CrossEntropyTally, label_bytes, whole_documents
 from limbeck.evaluation.recall import TOKENS_A_FORWARD, recall
 from limbeck.evaluation.samples import default_prompts, samples
-from limbeck.evaluation.speed import attention_modules, cache_bytes, decode_rates
+from limbeck.evaluation.speed import attention_kinds, cache_bytes, decode_rates
 from limbeck.models.head import head_of
 from limbeck.models.packed import forward_packed, leak_probe
 from limbeck.types import IGNORE, Batch
@@ -106,12 +106,11 @@ def summary(results: dict[str, Any]) -> dict[str, float]:
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """Size, family and what each decoder layer's attention is (``softmax`` or the mixer's kind)."""
-    kinds = [attention.options.kind if hasattr(attention, "state_bytes") else "softmax" for attention in attention_modules(model)]
+    """Size, family and what each decoder layer's attention is (see :func:`attention_kinds`)."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     base = getattr(model.config, "limbeck", None) or {}
     family = base.get("base", {}).get("model_type", model.config.model_type)
-    return {"parameters": parameters, "model_type": family, "layers": kinds}
+    return {"parameters": parameters, "model_type": family, "layers": attention_kinds(model)}
 
 
 def held_out_batches(rows: TokenRows, count: int) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.config.parts.stages import SampleOptions
 from limbeck.data.dataset import TokenRows
-from limbeck.evaluation.decode import new_cache, step
+from limbeck.evaluation.decode import decode
 from limbeck.evaluation.perplexity import whole_documents
 
 
@@ -57,20 +57,8 @@ def continuation(
 
     Sampling draws from a generator of its own, on the CPU: it moves no global random state, and two models meet the same draws.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ends, cache, written = end_ids(model), new_cache(model), []
-    input_ids_BT = torch.tensor([tokenizer.encode(prompt)], device=model.device)
-    for _ in range(tokens):
-        logits_V = step(model, input_ids_BT, cache)[0]
-        if temperature > 0:
-            token = int(torch.multinomial((logits_V / temperature).softmax(-1).cpu(), 1, generator=generator))
-        else:
-            token = int(logits_V.argmax())
-        if token in ends:
-            break
-        written.append(token)
-        input_ids_BT = torch.tensor([[token]], device=model.device)
-    return _text(written, tokenizer)
+    ids_1T = torch.tensor([tokenizer.encode(prompt)], device=model.device)
+    return _text(list(decode(model, ids_1T, tokens=tokens, ends=end_ids(model), temperature=temperature, seed=seed)), tokenizer)
 
 
 def samples(

@@ -17,22 +17,36 @@ from transformers import DynamicCache, PreTrainedModel
 
 from limbeck.errors import ModelError
 from limbeck.evaluation.decode import new_cache, step
-from limbeck.models.structure import AttentionView, attention_slot, decoder_layers
+from limbeck.models.structure import LINEAR_SLOTS, AttentionView, layer_list, mixing_slot
 
+PROBED = 8
+"""Tokens after which a cache is looked at."""
 WARMUP = 2
 """Steps of each model before its clock starts."""
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """What stands in each decoder layer's attention slot: softmax attention or a mixer."""
-    return [getattr(layer, attention_slot(layer)) for layer in decoder_layers(model)]
+    """What mixes the tokens of each decoder layer: softmax attention, a mixer of ours, or a family's own linear attention."""
+    return [getattr(layer, mixing_slot(layer)) for layer in layer_list(model)]
+
+
+def attention_kinds(model: PreTrainedModel) -> list[str]:
+    """``softmax``, the mixer's kind, or the class of a family's own linear attention, layer by layer."""
+    own = {id(getattr(layer, name)) for layer in layer_list(model) for name in [mixing_slot(layer)] if name in LINEAR_SLOTS}
+    return [
+        module.options.kind if hasattr(module, "state_bytes") else type(module).__name__ if id(module) in own else "softmax"
+        for module in attention_modules(model)
+    ]
 
 
 def cache_bytes(model: PreTrainedModel, context: int, *, dtype_bytes: int = 2) -> dict[str, int]:
     """Bytes of one sequence's cache after ``context`` tokens, from the modules: ``kv`` of softmax layers, ``state`` of mixers.
 
-    A sliding window keeps its last ``window - 1`` tokens: the next token is the window's last place.
+    A sliding window keeps its last ``window - 1`` tokens: the next token is the window's last place.  Of a family with linear
+    attention of its own the cache itself is looked at.
     """
+    if set(attention_kinds(model)) - {"softmax"} and not any(hasattr(module, "state_bytes") for module in attention_modules(model)):
+        return _own_cache_bytes(model, context, dtype_bytes)
     kv = state = 0
     for index, attention in enumerate(attention_modules(model)):
         state_bytes = getattr(attention, "state_bytes", None)
@@ -45,6 +59,21 @@ def cache_bytes(model: PreTrainedModel, context: int, *, dtype_bytes: int = 2) -
     return {"context": context, "bytes": kv + state, "kv": kv, "state": state}
 
 
+def _own_cache_bytes(model: PreTrainedModel, context: int, dtype_bytes: int) -> dict[str, int]:
+    """From a cache after a few tokens: keys and values grow with the context, any other tensor stays as it is."""
+    cache = new_cache(model)
+    step(model, torch.zeros(1, PROBED, dtype=torch.int64, device=model.device), cache)
+    kv = state = 0
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        if keys is not None:
+            kv += 2 * keys.numel() // PROBED * context * dtype_bytes
+        else:
+            held = [value for part in vars(layer).values() for value in (part.values() if isinstance(part, dict) else [part])]
+            state += sum(value.numel() for value in held if isinstance(value, torch.Tensor)) * dtype_bytes
+    return {"context": context, "bytes": kv + state, "kv": kv, "state": state}
+
+
 @torch.no_grad()
 def filled_cache(model: PreTrainedModel, context: int, *, seed: int = 0) -> DynamicCache:
     """A cache as after ``context`` tokens, for one sequence, without running them."""
@@ -53,15 +82,17 @@ def filled_cache(model: PreTrainedModel, context: int, *, seed: int = 0) -> Dyna
     prefill = _prefill_length(model, context)
     ids_BT = torch.randint(model.config.get_text_config().vocab_size, (1, prefill), device=model.device, generator=generator)
     step(model, ids_BT, cache)
+    kinds = attention_kinds(model)
     for index, layer in enumerate(cache.layers):
         keys = getattr(layer, "keys", None)
+        # A recurrent state of a family's own is as large after a few tokens as after many.
         if hasattr(layer, "seen"):
             layer.seen = context
         elif keys is not None:
             shape = (*keys.shape[:-2], context - prefill, keys.shape[-1])
             more = [torch.randn(shape, dtype=keys.dtype, device=keys.device, generator=generator) for _ in range(2)]
             layer.update(*more)
-        else:
+        elif kinds[index] == "softmax":
             raise ModelError(f"layer {index}: the decode rate cannot fill a cache layer of class {type(layer).__name__}")
     return cache
 

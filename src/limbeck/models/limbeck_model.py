@@ -23,6 +23,7 @@ from limbeck.config.base import Part
 from limbeck.config.parts.surgeries import SURGERIES
 from limbeck.errors import ModelError, did_you_mean
 from limbeck.models.across import carry_across
+from limbeck.models.experts import pin_experts
 from limbeck.models.head import backbone
 from limbeck.models.limbeck_config import LimbeckConfig
 from limbeck.models.packed import FLAG
@@ -48,6 +49,7 @@ class HybridMixin(_Model):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         pin_attention(config)
+        pin_experts(config)
         super().__init__(config, *args, **kwargs)
         for surgery in surgeries_of(config):
             surgery.apply(self)

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from limbeck.errors import DataError, ModelError, did_you_mean
 from limbeck.files import put_in_place, sha256
+from limbeck.models.experts import pin_experts
 from limbeck.models.limbeck_model import pin_attention
 from limbeck.models.strict import check_loading
 
@@ -92,6 +93,7 @@ def load_model(
     if attention is not None:
         config._attn_implementation = attention
     pin_attention(config)
+    pin_experts(config)
     try:
         with _quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -230,6 +232,7 @@ def build_model(
         # A config class checks its fields with its own validators, whose error types are not public.
         raise ModelError(f"config: transformers' '{model_type}' refuses it ({_first_line(error)})") from error
     _check_family(built, "config")
+    pin_experts(built)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -333,6 +336,8 @@ def _finish_config(model: PreTrainedModel, path: Path, dtype: torch.dtype | None
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
     config["limbeck_attention"] = model.config._attn_implementation
+    if model._can_set_experts_implementation():
+        config["limbeck_experts"] = model.config._experts_implementation
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

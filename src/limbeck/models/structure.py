@@ -86,6 +86,12 @@ def attention_slot(layer: nn.Module) -> str:
     return found[0]
 
 
+def mixing_slot(layer: nn.Module) -> str:
+    """Name of the child that mixes a decoder layer's tokens: its attention, or the linear attention that a family has of its own."""
+    own = [slot for slot in LINEAR_SLOTS if isinstance(getattr(layer, slot, None), nn.Module)]
+    return own[0] if own else attention_slot(layer)
+
+
 @dataclass(frozen=True)
 class AttentionFacts:
     """What a replacement must know of an attention layer; no tensors."""

@@ -121,7 +121,8 @@ def judgements(run: Run) -> list[Judgement]:
 
 def unjudged(run: Run) -> list[Stage]:
     """Stages that trained a generator which reads conditions, in a run where nothing has been judged."""
-    return [] if judgements(run) else [stage for stage in run.stages if options_of(stage) and options_of(stage)["condition"] != "none"]
+    judged = judgements(run) or any(stage.agent for stage in run.stages)
+    return [] if judged else [stage for stage in run.stages if options_of(stage) and options_of(stage)["condition"] != "none"]
 
 
 def options_of(stage: Stage) -> dict[str, Any]:

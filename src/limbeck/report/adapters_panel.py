@@ -84,7 +84,7 @@ def _table(judged: Judgement, split: str) -> str:
         cells += [f"<td>{_ratio(found[kind].get(column.key))}</td>" for kind, _ in measures]
         rows.append(f'<tr><td style="white-space:nowrap" title="{escape(column.meaning)}">{_name(column, judged)}</td>{"".join(cells)}</tr>')
     head = ["", "loss", "share of gain", "generated leads by [95%]", *(label for _, label in measures)]
-    return _rows(head, rows)
+    return wide_table(head, rows)
 
 
 MEASURES = (("delta_cosine", "delta cosine"), ("delta_ratio", "delta size"), ("size_ratio", "dW size"))
@@ -179,7 +179,7 @@ def _composition(found: dict[str, Any]) -> str:
         "deltas than to either. Loss in nats a token on the mix's text and on its parts' own; bold: best but the one trained on the mix."
     )
     details = f"{FOLDED}<summary>Every mix</summary>{_mixes(mixes)}</details>"
-    return f"<h3>Two tasks at once</h3><p class='note'>{note}</p>{_rows(['', *(f'on the {text}' for text in texts)], rows)}{details}"
+    return f"<h3>Two tasks at once</h3><p class='note'>{note}</p>{wide_table(['', *(f'on the {text}' for text in texts)], rows)}{details}"
 
 
 def _mixes(mixes: Sequence[dict[str, Any]]) -> str:
@@ -188,7 +188,7 @@ def _mixes(mixes: Sequence[dict[str, Any]]) -> str:
         cosines = [mix["cosine_sum"], *mix["cosine_parts"], mix["cosine_generated"]]
         cells = "".join(f"<td>{_ratio(value)}</td>" for value in cosines)
         rows.append(f"<tr><td>{escape(mix['name'])}</td>{cells}<td>{'yes' if mix['additive'] else 'no'}</td></tr>")
-    return _rows(["cosine of the mix's delta to", "sum of parts", "first part", "second part", "generated", "adds up"], rows)
+    return wide_table(["cosine of the mix's delta to", "sum of parts", "first part", "second part", "generated", "adds up"], rows)
 
 
 def _conditions(judged: Judgement) -> str:
@@ -201,9 +201,10 @@ def _conditions(judged: Judgement) -> str:
             cells = "".join(f"<td>{loss_words(value)}</td>" for value in (base, generated, teacher))
             others = "".join(f"<td>{escape(str(row.get(key, '–')))}</td>" for key in ("nearest", "shuffled"))
             rows.append(f"<tr><td>{escape(str(row['name']))}</td>{cells}<td>{kept}</td>{others}</tr>")
-    return _rows(["condition", "base", "generated", "own teacher", "share of gain", "nearest seen", "wrong condition"], rows)
+    return wide_table(["condition", "base", "generated", "own teacher", "share of gain", "nearest seen", "wrong condition"], rows)
 
 
-def _rows(head: Sequence[str], rows: Sequence[str]) -> str:
+def wide_table(head: Sequence[str], rows: Sequence[str]) -> str:
+    """A table that scrolls on a narrow page; ``rows`` are ``<tr>`` elements."""
     cells = "".join(f"<th>{escape(word)}</th>" for word in head)
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

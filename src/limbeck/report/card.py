@@ -21,6 +21,7 @@ from limbeck.report.adapters import (
     unjudged,
     warnings,
 )
+from limbeck.report.agent import agent_lines, agent_stages
 from limbeck.report.run import Run, became
 
 
@@ -52,6 +53,8 @@ def model_card(run: Run, *, stock: bool = False, peft: bool = False) -> str:
         lines.append("")
     for judged in judgements(run):
         lines += _generator(judged)
+    for judged_stage in agent_stages(run):
+        lines += agent_lines(judged_stage)
     for one in unjudged(run):
         lines += [f"## LoRA generator: {_cell(one.name)}", "", f"{_cell(does(one))}. No evaluate_adapters stage has judged it.", ""]
         lines += [*(f"* {_cell(label)}: {_cell(words)}" for label, words in facts(run, one)), "", *_writing(one.name)]

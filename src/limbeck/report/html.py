@@ -15,6 +15,7 @@ from limbeck.evaluation.table import tokens as token_count
 from limbeck.files import write_atomically
 from limbeck.report.adapters import judgements, sentence, tiles, unjudged
 from limbeck.report.adapters_panel import adapters_panel, tile_row
+from limbeck.report.agent import agent_panel, agent_stages
 from limbeck.report.curves import training_figures
 from limbeck.report.ranking import importance_series, ranking_panel
 from limbeck.report.run import Run, Stage, became, key_numbers, read_run
@@ -44,6 +45,7 @@ def page(run: Run) -> str:
         if stage.evaluation:
             body.append(_evaluation(stage))
     body += [adapters_panel(judged) for judged in judgements(run)]
+    body += [agent_panel(stage) for stage in agent_stages(run)]
     for stage in run.stages:
         if stage.ranking:
             body.append(_ranking(stage.name, stage.ranking))

@@ -29,6 +29,8 @@ class Stage:
     """The conditions that were prepared."""
     generator: dict[str, Any] | None = None
     """Options, spec and base of a trained generator (or predictor)."""
+    agent: dict[str, Any] | None = None
+    """A LoRA generator on agents' trajectories."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -95,6 +97,7 @@ def read_run(path: Path) -> Run:
                     _json(folder / "evaluation" / "adapters.json"),
                     _json(folder / "conditions" / "conditions.json"),
                     _json(folder / "model" / "generator.json"),
+                    _json(folder / "evaluation" / "agent.json"),
                 )
             )
     return Run(path, recipe, _json(path / "environment.json") or {}, stages)

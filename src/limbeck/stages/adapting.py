@@ -15,6 +15,7 @@ from limbeck.config.base import From
 from limbeck.config.parts.stages import StudentOptions
 from limbeck.config.parts.surgeries import SURGERIES, DeltaPredictorOptions, LoraGeneratorOptions
 from limbeck.config.parts.teachers import AdaptersTeacherOptions
+from limbeck.config.recipe import CONDITION_STAGES
 from limbeck.data.conditions.store import ConditionSet
 from limbeck.errors import RunError
 from limbeck.models.loading import fingerprint, load_model, load_tokenizer, resolve_source
@@ -27,17 +28,17 @@ from limbeck.teachers.adapters import AdaptersTeacher
 
 
 def conditions_stage(context: StageContext, data: Any) -> str | None:
-    """The prepare_conditions stage that a stage's data comes from, if it does."""
+    """The prepare_conditions or prepare_trajectories stage that a stage's data comes from, if it does."""
     while isinstance(data, From):
         stage: Any = context.stage_options(data.from_)
-        if stage.kind == "prepare_conditions":
+        if stage.kind in CONDITION_STAGES:
             return data.from_
         data = getattr(stage, "data", None)
     return None
 
 
 def open_conditions(context: StageContext, stage: str) -> ConditionSet:
-    """The conditions of a finished prepare_conditions stage."""
+    """The conditions of a finished prepare_conditions or prepare_trajectories stage."""
     return ConditionSet(context.artefact(stage, "conditions"))
 
 
@@ -79,6 +80,11 @@ def load_base(source: str, *, dtype: torch.dtype, revision: str | None = None, c
     return model
 
 
+def base_dtype(surgery: Any, dtype: torch.dtype) -> torch.dtype:
+    """Weights' dtype of a frozen base: what the surgery says, but for checks in float64."""
+    return torch.bfloat16 if surgery.base_dtype == "bfloat16" and dtype == torch.float32 else dtype
+
+
 def build_reader(
     context: StageContext, options: StudentOptions, conditions: ConditionSet, *, seed: int, dtype: torch.dtype, deltas: MeasuredDeltas | None
 ) -> ConditionedStudent:
@@ -95,7 +101,7 @@ def build_reader(
         "tokenizer": load_tokenizer(str(conditions.tokenizer)),
         "encoder": None if surgery.encoder is None else resolve_source(surgery.encoder, context.recipe_dir),
     }
-    model = load_base(source, dtype=dtype, revision=options.revision, conditions=conditions)
+    model = load_base(source, dtype=base_dtype(surgery, dtype), revision=options.revision, conditions=conditions)
     start = start_adapter(context, surgery.start) if isinstance(surgery, LoraGeneratorOptions) and surgery.start is not None else None
     known = None
     if isinstance(surgery, DeltaPredictorOptions):
@@ -147,7 +153,7 @@ def open_reader(context: StageContext, folder: Path, conditions: ConditionSet | 
         "encoder": None if options.encoder is None else resolve_source(options.encoder, context.recipe_dir),  # type: ignore[attr-defined]
         **({"size": record["size"]} if "size" in record else {}),
     }
-    model = load_base(source, dtype=dtype, revision=record["base"]["fingerprint"].get("commit"), conditions=conditions)
+    model = load_base(source, dtype=base_dtype(options, dtype), revision=record["base"]["fingerprint"].get("commit"), conditions=conditions)
     with torch.random.fork_rng():
         student: ConditionedStudent = SURGERIES.implementation(record["options"]["kind"])(model, options, **facts)
     read_weights(folder, student.trained)

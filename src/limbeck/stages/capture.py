@@ -15,17 +15,21 @@ from typing import Any
 import torch
 
 from limbeck.config.parts.stages import CaptureStageOptions
+from limbeck.data.conditions.rows import ConditionRows
 from limbeck.data.dataset import TokenRows
 from limbeck.engine.console import duration, quantity
 from limbeck.errors import TeacherError
 from limbeck.models.loading import load_tokenizer
 from limbeck.needs import TopK
+from limbeck.stages.adapting import conditions_stage, open_conditions
 from limbeck.stages.context import StageContext
 from limbeck.stages.teaching import build_teacher, check_teacher_vocabulary
 from limbeck.teachers.documents import Ask, TopKRows, asks_of
 from limbeck.teachers.store.blocks import asked_of
 from limbeck.teachers.store.store import SignalStore
 from limbeck.teachers.stored import ask_each, identity_of
+
+Side = TokenRows | ConditionRows
 
 ROWS = 16
 """Rows that are cut into documents at one time."""
@@ -45,10 +49,7 @@ class CaptureStage:
     def run(self) -> None:
         """Ask about every document that is not stored yet.  With several ranks each asks about its share."""
         context, options = self.context, self.options
-        folder, data = context.data(options.data)
-        splits = [name for name in options.splits if name == "train" or data.held_out]
-        sides = [TokenRows(folder, name) for name in splits]
-        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        sides, tokenizer = self._text()
         num_ids = max(tokenizer.get_vocab().values()) + 1
         teacher = build_teacher(context, options.teacher)
         try:
@@ -62,7 +63,20 @@ class CaptureStage:
         finally:
             getattr(teacher, "close", lambda: None)()
 
-    def _capture(self, teacher: Any, sides: list[TokenRows], num_ids: int) -> None:
+    def _text(self) -> tuple[list[Side], Any]:
+        """The sides of the text that are asked for, and its tokenizer."""
+        context, options = self.context, self.options
+        if (stage := conditions_stage(context, options.data)) is not None:
+            conditions = open_conditions(context, stage)
+            tested = [c.id for c in conditions.conditions if c.examples["test"]]
+            wanted = {"train": (conditions.split("seen"), "train"), "held_out": (tested, "test")}
+            sides: list[Side] = [conditions.rows(*wanted[name]) for name in options.splits if wanted[name][0]]
+            return sides, load_tokenizer(str(conditions.tokenizer))
+        folder, data = context.data(options.data)
+        splits = [name for name in options.splits if name == "train" or data.held_out]
+        return [TokenRows(folder, name) for name in splits], load_tokenizer(str(folder / "tokenizer"))
+
+    def _capture(self, teacher: Any, sides: list[Side], num_ids: int) -> None:
         context, options = self.context, self.options
         need = TopK(options.k, options.temperatures, options.samples)
         identity = identity_of(
@@ -107,7 +121,7 @@ class CaptureStage:
         )
 
 
-def documents(sides: Sequence[TokenRows]) -> Iterator[Ask]:
+def documents(sides: Sequence[Side]) -> Iterator[Ask]:
     """Every document of the rows with the positions that losses use, in order."""
     for side in sides:
         for start in range(0, len(side), ROWS):

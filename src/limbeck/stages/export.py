@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from limbeck.adapters.peft_files import write_peft
+from limbeck.adapters.peft_files import check_peft_can_load, write_peft
 from limbeck.config.parts.stages import ExportStageOptions
 from limbeck.config.recipe import NAME
 from limbeck.data.conditions.store import ConditionSet
@@ -76,6 +76,7 @@ def export_adapters(
 ) -> list[Path]:
     """One PEFT folder for each of ``wanted``: a name, and the number of a condition or the texts that the generator reads."""
     student = open_generator(context, folder, conditions, dtype=torch.float32)
+    check_peft_can_load(student.model, student.spec)
     tokenizer = load_tokenizer(str(folder))
     written = []
     for number, (name, source) in enumerate(wanted.items()):

@@ -24,6 +24,7 @@ from limbeck.files import write_atomically
 ARTEFACTS = {
     "prepare": "data",
     "prepare_conditions": "conditions",
+    "prepare_trajectories": "conditions",
     "train": "model",
     "capture": "signals",
     "rank_layers": "ranking",
@@ -31,6 +32,7 @@ ARTEFACTS = {
     "measure_deltas": "deltas",
     "evaluate": "evaluation",
     "evaluate_adapters": "evaluation",
+    "evaluate_agent": "evaluation",
     "export": "export",
 }
 

@@ -27,8 +27,7 @@ from limbeck import __version__
 from limbeck.config.base import From
 from limbeck.config.parts.stages import STAGES, DataOptions
 from limbeck.config.plugins import load_plugin
-from limbeck.config.recipe import Recipe, references, stage_order
-from limbeck.data.conditions.build import input_files as condition_files
+from limbeck.config.recipe import CONDITION_STAGES, Recipe, references, stage_order
 from limbeck.data.prepare import input_files
 from limbeck.engine.lock import RunLock
 from limbeck.engine.parallel import World, connect
@@ -106,7 +105,7 @@ def prepare_recipe(recipe: Recipe, *, recipe_dir: Path, run_dir: Path | None = N
         for name in stage_order(recipe):
             options = recipe.stages[name]
             context = run.context(name, options, run_dir / name)
-            if options.kind == "prepare" or (options.kind == "prepare_conditions" and isinstance(options.tokenizer, str)):
+            if options.kind == "prepare" or (options.kind in CONDITION_STAGES and isinstance(options.tokenizer, str)):
                 key = stage_key(recipe, name, recipe_dir)
                 if not StageFolder(run_dir / name).finished(key):
                     _set_aside(recipe, run_dir, [name], {name: key}, False, say)
@@ -248,9 +247,18 @@ def stage_key(recipe: Recipe, name: str, recipe_dir: Path) -> str:
     data = getattr(options, "data", None)
     if isinstance(data, DataOptions):
         files["data"] = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in input_files(data, recipe_dir)}
-    if options.kind == "prepare_conditions":
-        files["sources"] = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in condition_files(options, recipe_dir)}
+    if options.kind in CONDITION_STAGES:
+        files["sources"] = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in _condition_files(options, recipe_dir)}
     return digest([resolved, {other: stage_key(recipe, other, recipe_dir) for _, other in references(options)}, files])
+
+
+def _condition_files(options: Any, recipe_dir: Path) -> list[Path]:
+    """Every local file that conditions are made of."""
+    from limbeck.data.conditions import build as conditions
+    from limbeck.data.trajectories import build as trajectories
+
+    made = conditions if options.kind == "prepare_conditions" else trajectories
+    return made.input_files(options, recipe_dir)
 
 
 def _sources(options: Any) -> list[str]:

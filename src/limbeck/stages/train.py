@@ -58,10 +58,7 @@ class TrainingText:
     @property
     def num_tokens(self) -> int:
         """Tokens to train on."""
-        if isinstance(self.rows, TokenRows):
-            return self.rows.num_tokens
-        found = self.rows.conditions.conditions
-        return sum(found[i].tokens["train"] for i in self.rows.ids)
+        return self.rows.num_tokens
 
 
 class TrainStage:
@@ -96,8 +93,9 @@ class TrainStage:
         context, options = self.context, self.options
         if (stage := conditions_stage(context, options.data)) is not None:
             conditions = open_conditions(context, stage)
-            seen = conditions.split("seen")
-            rows, held_out = conditions.rows(seen), SpreadRows(conditions.rows(seen, "test"))
+            rows = conditions.rows(conditions.split("seen"))
+            judged = conditions.judged()
+            held_out = SpreadRows(conditions.rows(judged, "test")) if judged else None
             return TrainingText(rows, held_out, str(conditions.tokenizer), conditions.digest, conditions=conditions)
         folder, data = context.data(options.data)
         packed = TokenRows(folder, "train")
@@ -112,7 +110,7 @@ class TrainStage:
             return student_of(context, options.student, seed=options.seed, dtype=dtype)
         if text.conditions is None:
             raise RunError(
-                f"stage '{context.name}': this student reads conditions, and `data` is plain text: name a prepare_conditions stage, "
+                f"stage '{context.name}': this student reads conditions, and `data` is plain text: name a prepare_conditions or prepare_trajectories stage, "
                 "`data: {from: STAGE}`"
             )
         deltas = measured_deltas(context, options.teacher)

@@ -19,7 +19,7 @@ from limbeck.models.head import head_of
 from limbeck.models.limbeck_model import surgeries_of, wrap_student
 from limbeck.models.loading import build_model, fingerprint, load_model, resolve_source, save_model
 from limbeck.models.packed import forward_packed, leak_probe
-from limbeck.models.structure import decoder_layers
+from limbeck.models.structure import decoder_layers, layer_list
 from limbeck.students.hybridize import REST_ROLE, resolve_layers
 from limbeck.types import Batch, Output
 
@@ -77,7 +77,7 @@ class Student(nn.Module):
 
     def units(self) -> list[nn.Module]:
         """What is sharded as a unit of its own: every mixer and every decoder layer."""
-        return [*self.mixers().values(), *decoder_layers(self.model)]
+        return [*self.mixers().values(), *layer_list(self.model)]
 
     def save(
         self,

@@ -73,6 +73,8 @@ class LoraGeneratorOptions(Part):
     """Residual MLP blocks between the queries and the heads."""
     reader: ReaderOptions = ReaderOptions()
     """How the states are read."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights' dtype of the frozen base; the LoRA and the generator are float32 whatever it is."""
     start: From | Place | None = None
     """A LoRA that every generated one begins as: a PEFT folder, or `{from: stage}` of a static generator.  By default A is drawn
     as PEFT does and B is 0."""
@@ -104,6 +106,8 @@ class DeltaPredictorOptions(Part):
     """Folder or hub name of the sentence encoder."""
     width: int = Field(128, ge=8)
     """Width of the network."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights' dtype of the frozen base."""
     reader: ReaderOptions = ReaderOptions()
     """How the states are read."""
 

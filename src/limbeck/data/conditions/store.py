@@ -7,9 +7,12 @@ tokens.bin                    uint16 or uint32: every example of every slice in 
 examples.npy                  int64 [E, 5]: start, prompt_end, end (in tokens.bin), condition, side (0 train, 1 test);
                               sorted by condition, then side
 hashes.npy                    uint64 [E, 2]: blake2b of the text as it was read, and as it is written
+mask.bin                      uint8, 1 where a token is a target; only where `loss` is `mask`
+reads.npy                     int32 [N, S, C]: what a generator reads, padded with -1; only where it is not drawn from examples
 ```
 
 An example of a mix is a line of ``examples.npy`` that points at its part's tokens.  ``prompt_end == start``: plain text.
+Examples stand one after the other in rows, or (`whole`) each is a row of its own: a window of a trajectory.
 """
 
 from __future__ import annotations
@@ -67,7 +70,9 @@ class Manifest:
 
     sequence: int
     loss: str
+    """`text`, `answer` or `mask`."""
     form: str
+    """`prompts`, `prompt_answer` or `issue`."""
     texts: int
     tokens: int
     seed: int
@@ -81,6 +86,10 @@ class Manifest:
     conditions: tuple[Condition, ...]
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
+    whole: bool = False
+    """Whether every example is a row of its own."""
+    template: str | None = None
+    """Fingerprint of the chat template."""
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Size and SHA-256 by file."""
     format: int = FORMAT
@@ -133,6 +142,7 @@ class ConditionSet:
         self.tokens = np.memmap(folder / "tokens.bin", dtype=manifest.dtype, mode="r")
         self.examples_E5 = np.load(folder / "examples.npy", mmap_mode="r")
         self.hashes_E2 = np.load(folder / "hashes.npy", mmap_mode="r")
+        self.mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r") if manifest.loss == "mask" else None
         counts = [condition.examples[side] for condition in self.conditions for side in SIDES]
         self.first_N3 = np.concatenate([[0], np.cumsum(counts)])[np.arange(len(self.conditions))[:, None] * 2 + np.arange(3)]
         """First line of ``examples.npy`` of each condition's training and test side, and the line behind both."""
@@ -175,6 +185,11 @@ class ConditionSet:
             raise DataError(f"{self.folder}: no condition {name!r}{did_you_mean(name, known) or ''}")
         return known[name]
 
+    def judged(self) -> list[int]:
+        """Ids of the conditions that a validation in training reads: seen ones, or where these have no test side all others that have one."""
+        tested = [condition for condition in self.conditions if condition.examples["test"]]
+        return [c.id for c in tested if c.split == "seen"] or [c.id for c in tested if c.split != "mix"]
+
     def rows(
         self,
         ids: Sequence[int],
@@ -207,7 +222,8 @@ class ConditionSet:
         if len(names) < 2:
             return
         share, alike, first = self.texts.diversity()
-        way = "; or read more of each text (`condition.tokens`), read answers too (`condition.form: prompt_answer`), or leave such conditions out"
+        more = "leave out what all begin with (`condition.skip`)" if self.manifest.form == "issue" else "read answers too (`condition.form: prompt_answer`)"
+        way = f"; or read more of each text (`condition.tokens`), {more}, or leave such conditions out"
         if share <= DIVERSE:
             raise DataError(
                 f"conditions: {share:.0%} of {len(names)} conditions have texts of their own to be read, more than {DIVERSE:.0%} must: "

@@ -23,6 +23,8 @@ class ConditionTexts:
         manifest = conditions.manifest
         self.num_texts, self.num_tokens = manifest.texts, manifest.tokens
         self.seed = manifest.seed
+        self.fixed_NSC = np.load(conditions.folder / "reads.npy", mmap_mode="r") if manifest.form == "issue" else None
+        """What is read of each condition, where that is not drawn from its examples."""
         self._with_answer = manifest.form == "prompt_answer"
         self._tokens, self._examples_E5 = conditions.tokens, conditions.examples_E5
         self._first_N, self._count_N = conditions.first_N3[:, 0], conditions.first_N3[:, 1] - conditions.first_N3[:, 0]
@@ -31,6 +33,8 @@ class ConditionTexts:
     def of(self, ids: np.ndarray, *, draw: int = 0, seed: int | None = None) -> np.ndarray:
         """Texts of conditions by themselves, without rows: int64 ``[N, S, C]``, padded with -1."""
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if self.fixed_NSC is not None:
+            return self.fixed_NSC[ids].astype(np.int64)
         # Where a row's key has its side there is one behind the last: no row draws by the same key.
         return self.tokens(self.draw(ids, random_keys(self.seed if seed is None else seed, draw, len(SIDES), ids)))
 
@@ -68,11 +72,17 @@ class ConditionTexts:
     def diversity(self) -> tuple[float, float, tuple[int, int]]:
         """Different sets of texts over conditions (mixes left out), how often two texts of two different conditions are the same,
         and the places of the first two conditions that read the same."""
+        if self.fixed_NSC is not None:
+            _, text = np.unique(self.fixed_NSC, axis=0, return_inverse=True)
+            return self._alike(np.stack([np.arange(len(self._ids_N)), text.reshape(-1)], axis=1), np.ones(len(self._ids_N)))
         lines = np.concatenate([np.arange(self._first_N[i], self._first_N[i] + self._count_N[i]) for i in self._ids_N])
         place = np.repeat(np.arange(len(self._ids_N)), self._count_N[self._ids_N])
         _, text = np.unique(self.tokens(lines), axis=0, return_inverse=True)
         pairs, counts = np.unique(np.stack([place, text.reshape(-1)], axis=1), axis=0, return_counts=True)
-        share = counts / self._count_N[self._ids_N][pairs[:, 0]]
+        return self._alike(pairs, counts / self._count_N[self._ids_N][pairs[:, 0]])
+
+    def _alike(self, pairs: np.ndarray, share: np.ndarray) -> tuple[float, float, tuple[int, int]]:
+        """:meth:`diversity` from the different (condition, text) pairs, ascending, and each text's share in its condition."""
         summed = np.bincount(pairs[:, 1], weights=share)
         N = len(self._ids_N)
         alike = float((summed @ summed - share @ share) / (N * (N - 1)))

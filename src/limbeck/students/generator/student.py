@@ -77,7 +77,8 @@ class ConditionedStudent(nn.Module):
         return self.base["fingerprint"].get("commit")
 
     def units(self) -> list[nn.Module]:
-        """What is sharded as a unit of its own."""
+        """What is sharded as a unit of its own; the network that trains computes in its parameters' dtype there too."""
+        self.trained.keeps_precision = True
         return [self.trained, *layer_list(self.model)]
 
     def train(self, mode: bool = True) -> Self:
