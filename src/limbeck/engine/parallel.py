@@ -22,6 +22,10 @@ from limbeck.engine.step import StreamingTrainStep, TrainStep
 from limbeck.errors import RunError
 
 
+PATIENCE = 24 * 3600.0
+"""Seconds that ranks wait for what the first does alone."""
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks of a run.  ``control`` is a gloo group for what ranks agree on; training's own group never carries it."""
@@ -57,7 +61,8 @@ class World:
 def connect(device: str | torch.device | None = None, timeout: float = 600) -> World:
     """Join the run that ``torchrun`` or Slurm started, or be a world of one.
 
-    ``timeout`` seconds bound every wait for a rank that died.
+    ``timeout`` seconds bound every wait of training for a rank that died.  What ranks agree on beside it may wait longer: the first
+    rank may be judging, or writing 80B parameters, while the others wait; whoever started them ends all when one dies.
     """
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -69,7 +74,7 @@ def connect(device: str | torch.device | None = None, timeout: float = 600) -> W
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     mesh = init_device_mesh(kind.type, (size,))
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout, PATIENCE)))
     return World(kind, dist.get_rank(), size, mesh, control)
 
 

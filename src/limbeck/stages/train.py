@@ -72,7 +72,10 @@ class TrainStage:
         """Train up to the budget and save the student; an interrupted run goes on from its newest checkpoint."""
         context, options = self.context, self.options
         text = self._text()
-        student = self._student(text).to(context.world.device)
+        student = self._student(text)
+        if context.world.mesh is None or not isinstance(student, ConditionedStudent):
+            # A frozen base may be larger than one device: sharding moves it there unit by unit.
+            student = student.to(context.world.device)
         if options.student.skip_attention:
             skip_attention(student.model, options.student.skip_attention)
         tokenizer = load_tokenizer(text.tokenizer)
