@@ -1,6 +1,6 @@
 """Whether a generator that matches its teachers' behaviour does better than one that matches their weights.
 
-    python experiments/behaviour_beats_weights/run.py            # an hour and a half on one core (estimated)
+    python experiments/behaviour_beats_weights/run.py            # an hour and a half on one core
     python experiments/behaviour_beats_weights/run.py --quick    # the machinery in a minute; proves nothing
 
 Every arm goes through the shipped engine, with the stages that `../adapters_lab.py` puts together.  A run that is interrupted goes on
