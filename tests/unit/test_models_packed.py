@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,7 +48,19 @@ def test_packed_documents_equal_separate_documents(family: str, layers: tuple[in
 def test_unpacking_gives_what_packing_gives() -> None:
     model = tiny_model("qwen3", dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(packed._unpacked(model, BATCH), packed._packed(model, BATCH), rtol=0, atol=1e-12)
+        unpacked, whole = packed._unpacked(model, BATCH), packed._packed(model, BATCH)
+    torch.testing.assert_close(unpacked[BATCH.token_mask_BT], whole[BATCH.token_mask_BT], rtol=0, atol=1e-12)
+
+
+def test_unpacking_runs_documents_and_no_padding() -> None:
+    model = tiny_model("qwen3")
+    shapes: list[tuple[int, ...]] = []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    batch = packed_batch([[5, 3], [8]], padding=40)
+    with torch.no_grad():
+        packed._unpacked(model, batch)
+        packed._unpacked(model, replace(batch, documents_BT=torch.full_like(batch.documents_BT, -1)))
+    assert shapes == [(3, 8), (2, 1)]
 
 
 def test_a_family_that_cannot_pack_is_unpacked() -> None:
@@ -74,7 +87,8 @@ def test_a_family_that_cannot_pack_is_unpacked() -> None:
     leak_probe(model)
     assert getattr(model, FLAG) is False
     with torch.no_grad():
-        torch.testing.assert_close(forward_packed(model, BATCH), _separate(model, BATCH), rtol=1e-4, atol=1e-5)
+        found, expected = forward_packed(model, BATCH), _separate(model, BATCH)
+    torch.testing.assert_close(found[BATCH.token_mask_BT], expected[BATCH.token_mask_BT], rtol=1e-4, atol=1e-5)
 
 
 class _Masked(nn.Module):

@@ -42,7 +42,7 @@ def rows_seen(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     if getattr(model, FLAG):
         return None
     rows_BT = torch.arange(batch.input_ids_BT.shape[0], device=batch.input_ids_BT.device)[:, None].expand_as(batch.input_ids_BT)
-    return rows_BT[_starts(batch)]
+    return rows_BT[_documents(batch)]
 
 
 def packing_kwargs(batch: Batch) -> dict[str, Any]:
@@ -72,6 +72,13 @@ def _starts(batch: Batch) -> Tensor:
     return starts
 
 
+def _documents(batch: Batch) -> Tensor:
+    """Where a document begins, bool ``[B, T]``: a padded tail is none (it would be run like one), a row of padding alone is one."""
+    starts = _starts(batch) & batch.token_mask_BT
+    starts[:, 0] = True
+    return starts
+
+
 def _packed(model: PreTrainedModel, batch: Batch) -> Tensor:
     output = backbone(model)(
         input_ids=batch.input_ids_BT,
@@ -88,14 +95,29 @@ def _unpacked(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     A causal model's document cannot see the padding behind it, so no mask is needed.
     """
-    starts = _starts(batch)
-    document_BT = (starts.flatten().cumsum(0) - 1).view_as(starts)
-    column_BT = _columns(starts)
+    document_BT, column_BT = _places(batch)
     rows, longest = int(document_BT.max()) + 1, int(column_BT.max()) + 1
-    ids = batch.input_ids_BT.new_zeros(rows, longest)
-    ids[document_BT, column_BT] = batch.input_ids_BT
+    ids, real_BT = batch.input_ids_BT.new_zeros(rows, longest), batch.token_mask_BT
+    ids[document_BT[real_BT], column_BT[real_BT]] = batch.input_ids_BT[real_BT]
     output = backbone(model)(input_ids=ids, attention_mask=None, use_cache=False)
     return output.last_hidden_state[document_BT, column_BT]
+
+
+def as_in_batch(model: PreTrainedModel, batch: Batch, seen: Tensor) -> Tensor:
+    """What a module inside gave for the tokens of a forward, ``[rows * length, W]`` or ``[rows, length, W]``, as ``[B, T, W]``.
+
+    Not for what :func:`leak_probe` has not seen: the model has been run.
+    """
+    if getattr(model, FLAG):
+        return seen.reshape(*batch.input_ids_BT.shape, seen.shape[-1])
+    document_BT, column_BT = _places(batch)
+    return seen.reshape(int(document_BT.max()) + 1, -1, seen.shape[-1])[document_BT, column_BT]
+
+
+def _places(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Row and column that each position has where documents are rows, int64 ``[B, T]`` each; padding has those of some token."""
+    starts = _documents(batch)
+    return (starts.flatten().cumsum(0) - 1).view_as(starts), _columns(starts).where(batch.token_mask_BT, 0)
 
 
 def _columns(starts_BT: Tensor) -> Tensor:
