@@ -70,6 +70,23 @@ class Hidden(Need):
 
 
 @dataclass(frozen=True)
+class AttentionQKV(Need):
+    """Queries, keys and values of the named decoder layers as their projections give them (negative numbers count from the end)."""
+
+    layers: tuple[int, ...]
+
+    def merge(self, other: Need) -> Need:
+        if not isinstance(other, AttentionQKV):
+            raise TypeError("needs of different classes do not merge")
+        return AttentionQKV(tuple(dict.fromkeys((*self.layers, *other.layers))))
+
+
+@dataclass(frozen=True)
+class RouterLogits(Need):
+    """What every router of a mixture of experts gave each token: its logits, and the experts that it chose."""
+
+
+@dataclass(frozen=True)
 class AdapterFactors(Need):
     """The teacher LoRA of every row's condition: A and B."""
 

@@ -93,11 +93,38 @@ class Head:
 
 @dataclass(frozen=True)
 class Output:
-    """What a student's forward gives: final hidden states (after the final norm) and the head that belongs to them."""
+    """What a student's forward gives: final hidden states (after the final norm) and the head that belongs to them.
+
+    ``observed`` answers what objectives need to see inside the network, by the class of the need: ``observed[RouterLogits]`` is
+    ``{layer: Routing}``, ``observed[AttentionQKV]`` ``{layer: AttentionStates}``.
+    """
 
     hidden_BTD: Tensor
     head: Head
     hidden_layers: Mapping[int, Tensor] = field(default_factory=dict)
+    observed: Mapping[type[Need], Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router's answer for a batch: logits over its E experts, and the K experts (int64) that each token goes to."""
+
+    logits_BTE: Tensor
+    chosen_BTK: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionStates:
+    """Queries, keys and values of a layer as its projections give them, all heads side by side (before norms and rotation).
+
+    ``onward`` are the same numbers as the network goes on with, in whatever layout: what comes back to them is the gradient of all
+    else but of what looks at the states here.
+    """
+
+    q_BTQ: Tensor
+    k_BTK: Tensor
+    v_BTK: Tensor
+    onward: tuple[Tensor, ...] = ()
 
 
 class Signal(dict[type[Need], Any]):
@@ -149,7 +176,10 @@ class Objective(Protocol):
     """A loss.  ``count`` comes from the masks alone: it is summed over micro-batches and ranks before any forward.
 
     One that knows how a training goes wrong also has ``warning(validations) -> str | None``: a sentence about the held-out measures
-    so far, oldest first.
+    so far, oldest first.  One that looks inside the student says what it wants in ``student_needs`` and finds it in ``output.observed``.
+    One whose terms are measured against statistics of whole steps has ``statistics() -> Tensor | None`` (this rank's sums of a step,
+    which that call forgets) and ``settle(total)``, called with their sum over the ranks between a step's last micro-batch and the next
+    step: so neither micro-batches nor ranks change a loss.
     """
 
     name: str

@@ -22,6 +22,7 @@ from limbeck.cli.quickstart import quickstart
 from limbeck.cli.report import report
 from limbeck.cli.run import run
 from limbeck.cli.schema import schema
+from limbeck.cli.serve import serve
 from limbeck.cli.signals import signals
 from limbeck.cli.teach import teach
 from limbeck.errors import LimbeckError
@@ -52,7 +53,7 @@ app = typer.Typer(
     cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Distil large language models into something cheaper to run.",
 )  # fmt: skip
-for verb in (quickstart, init, check, run, prepare, report, evaluate, generate, export, teach, signals, ls, explain, schema, doctor):
+for verb in (quickstart, init, check, run, prepare, report, evaluate, generate, export, serve, teach, signals, ls, explain, schema, doctor):
     app.command()(verb)
 app.add_typer(adapters, name="adapters")
 

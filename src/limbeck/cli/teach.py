@@ -67,7 +67,7 @@ def teach(
     folder = Path(model) / "model"
     source = resolve_source(str(folder) if folder.is_dir() else model)
     scorer = Scorer(source, dtype=dtype, attention=attention, revision=revision)
-    scorer.load(_device(device))
+    scorer.load(device_of(device))
     name = model if model.startswith("builtin:") else model_name(source)
     service = TeacherService(
         scorer, name, max_top_k=max_top_k, max_tokens=max_tokens, max_values=max_values, queue=queue, token=token,
@@ -88,7 +88,7 @@ def teach(
         os._exit(0)
 
 
-def _device(name: str | None) -> str:
+def device_of(name: str | None) -> str:
     import torch
 
     if name is None:

@@ -24,6 +24,7 @@ from limbeck.engine.determinism import derive_seed, deterministic, seed_everythi
 from limbeck.engine.gates import check_gate
 from limbeck.engine.lock import RunLock
 from limbeck.engine.metrics import MetricsWriter
+from limbeck.engine.muon import HALVES
 from limbeck.engine.parallel import World, parallelize, release_teacher
 from limbeck.engine.precision import autocast, sharded_policy
 from limbeck.engine.recompute import outer_units, recompute
@@ -133,11 +134,14 @@ class Trainer:
         if self.options.activation_checkpointing:
             for unit in outer_units(student):
                 recompute(unit)
+        marks = {name: getattr(p, HALVES) for name, p in student.named_parameters() if hasattr(p, HALVES)}
         parallelize(step, self.world, sharded_policy(self.options.precision))
         if self.options.compile:
             for unit in outer_units(student):
                 unit.compile()
         parameters = dict(student.named_parameters())
+        for name, number in marks.items():
+            setattr(parameters[name], HALVES, number)
         rebuilt = [(options, [(name, parameters[name]) for name in names]) for options, names in claimed]
         self.names = {p: name for _, members in rebuilt for name, p in members}
         self.parameters = list(self.names)
@@ -347,6 +351,7 @@ class Trainer:
                 metrics = self.train_step.run(part, signal.to(self.world.device), scales)
             release_teacher(self.train_step)
             loss = loss + self.window.add(metrics)
+        self.train_step.settle(self.world.sum)
         return torch.as_tensor(loss)
 
     def _apply(self, loss: Tensor) -> None:
@@ -391,6 +396,8 @@ class Trainer:
         window = self.window
         if not window.losses:
             return
+        # What a student measures of itself is measured when it is logged, on every rank.
+        window.metrics.update(getattr(self.train_step.student, "measures", dict)())
         values, losses = window.fetch(self.world)
         if self.world.device.type == "cpu":
             release_memory()

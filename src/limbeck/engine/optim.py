@@ -1,14 +1,16 @@
-"""AdamW with groups: the only optimiser so far, its state flattened by parameter name for checkpoints."""
+"""One optimiser over groups of parameters, AdamW, Muon or Lion by group; its state is flattened by parameter name for checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.config.parts.stages import GroupOptions, OptimOptions
+from limbeck.engine.lion import Lion
+from limbeck.engine.muon import Muon, halves_of, is_matrix
 from limbeck.errors import RunError
 
 Groups = Sequence[tuple[GroupOptions, Sequence[tuple[str, nn.Parameter]]]]
@@ -20,25 +22,76 @@ def group_label(options: GroupOptions, index: int) -> str:
     return options.role or options.match or str(index)
 
 
-def build_optimizer(groups: Groups, options: OptimOptions) -> torch.optim.AdamW:
-    """AdamW over ``groups``; vectors (norms, biases, decays) are not decayed unless a group says so.  Fused where torch can.
+def build_optimizer(groups: Groups, options: OptimOptions) -> torch.optim.Optimizer:
+    """One optimiser over ``groups``, of whatever kinds; vectors (norms, biases, decays) are not decayed unless a group says so.
 
-    Each torch group carries ``label`` (for logs) and ``peak_lr`` (what the schedule multiplies).
+    Each torch group carries ``label`` (for logs) and ``peak_lr`` (what the schedule multiplies).  AdamW alone is torch's own, fused
+    where torch can; several kinds are a :class:`Mixed`.  Vectors in a Muon group are a :class:`RunError`.
     """
-    torch_groups: list[dict[str, Any]] = []
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    halves: dict[Tensor, int] = {}
     for index, (group, parameters) in enumerate(groups):
         label = group_label(group, index)
+        if group.kind == "muon":
+            halves.update(_halves(label, parameters))
         vectors = [p for _, p in parameters if p.ndim < 2 and not group.decay_vectors]
         matrices = [p for _, p in parameters if p.ndim >= 2 or group.decay_vectors]
         for members, decay in ((matrices, group.weight_decay), (vectors, 0.0)):
             if members:
-                torch_groups.append(
-                    {"params": members, "lr": group.lr, "weight_decay": decay, "label": label, "peak_lr": group.lr}
-                )
-    if not torch_groups:
+                settings = {"lr": group.lr, "weight_decay": decay, "label": label, "peak_lr": group.lr}
+                by_kind.setdefault(group.kind, []).append({"params": members, **settings, **_settings(group)})
+    if not by_kind:
         raise RunError("optim.groups claim no parameter: nothing would train")
-    devices = {p.device.type for g in torch_groups for p in g["params"]}
-    return torch.optim.AdamW(torch_groups, betas=options.betas, eps=options.eps, fused=devices <= {"cpu", "cuda"})
+    parts: list[torch.optim.Optimizer] = []
+    if adamw := by_kind.get("adamw"):
+        devices = {p.device.type for g in adamw for p in g["params"]}
+        parts.append(torch.optim.AdamW(adamw, betas=options.betas, eps=options.eps, fused=devices <= {"cpu", "cuda"}))
+    if lion := by_kind.get("lion"):
+        parts.append(Lion(lion))
+    if muon := by_kind.get("muon"):
+        parts.append(Muon(muon, halves=halves))
+    return parts[0] if len(parts) == 1 else Mixed(parts)
+
+
+class Mixed(torch.optim.Optimizer):
+    """Several optimisers, each with parameters of its own, as one: one step, one list of groups, one state."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]):
+        super().__init__([{"params": group["params"]} for part in parts for group in part.param_groups], {})
+        self.parts = tuple(parts)
+        # The groups are the parts' own, so that a rate that is set here is theirs; so is the state.
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One step of each."""
+        for part in self.parts:
+            part.step()
+
+
+def _settings(group: GroupOptions) -> dict[str, Any]:
+    """What a group's kind takes beside rate and decay."""
+    if group.kind == "muon":
+        products = getattr(torch, group.newton_schulz)
+        return {"momentum": group.momentum, "nesterov": group.nesterov, "scaling": group.scaling, "products": products}
+    return {} if group.betas is None else {"betas": group.betas}
+
+
+def _halves(label: str, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[Tensor, int]:
+    """The number of matrices side by side in each parameter of a Muon group; what is no matrix is refused by name."""
+    vectors = [name for name, p in parameters if not is_matrix(p)]
+    if vectors:
+        more = f" and {len(vectors) - 4} more" if len(vectors) > 4 else ""
+        raise RunError(
+            f"optim.groups '{label}': Muon orthogonalises matrices, and {', '.join(vectors[:4])}{more} are vectors: claim them in an earlier "
+            "group of kind lion or adamw, by role or `match`"
+        )
+    numbers = {name: (p, halves_of(name, p)) for name, p in parameters}
+    for name, (p, number) in numbers.items():
+        if p.shape[-2] % number:
+            raise RunError(f"optim.groups '{label}': {name} has {p.shape[-2]} outputs, which are not {number} matrices of one size")
+    return dict(numbers.values())
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from limbeck.engine.step import StreamingTrainStep, TrainStep
 from limbeck.errors import RunError
 
-
 PATIENCE = 24 * 3600.0
 """Seconds that ranks wait for what the first does alone."""
 

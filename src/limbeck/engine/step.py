@@ -6,13 +6,15 @@ only losses made there let the root reduce their gradients (a loss outside leave
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.needs import Need
+from limbeck.errors import RunError
+from limbeck.needs import Need, merge_needs
 from limbeck.types import Batch, LossTerm, Metric, Pending, Signal, Teacher
 
 Metrics = dict[str, Metric]
@@ -52,11 +54,22 @@ class TrainStep(nn.Module):
         self.objectives = tuple(objectives)
         self.labels = _labels(self.objectives)
         self.needs = dict(needs or {})
+        self._check_sight()
         network = getattr(teacher, "module", None)
         if network is not None:
             network.requires_grad_(False).eval()
         # Behind a tuple: a registered submodule would be sharded, trained and saved with the student.
         self._teacher = (teacher, TeacherRoot(cast(Teacher, teacher), network) if network is not None else None)
+
+    def _check_sight(self) -> None:
+        """Objectives that look inside a student need one that shows itself."""
+        blind = "needs" not in inspect.signature(self.student.forward).parameters
+        for objective in self.objectives:
+            if blind and (wanted := getattr(objective, "student_needs", ())):
+                raise RunError(
+                    f"objective '{objective.name}' looks inside the student ({type(wanted[0]).__name__}), and this kind of student "
+                    "(one that makes adapters, say) shows only what comes out: take the objective out"
+                )
 
     @property
     def teacher(self) -> Teacher | None:
@@ -80,7 +93,11 @@ class TrainStep(nn.Module):
         return torch.stack([torch.as_tensor(o.count(batch), dtype=torch.int64) for o in self.objectives])
 
     def weights(self, step: int) -> list[float]:
-        """Each objective's weight in a step (from 0); one with a ``schedule`` is moved to it."""
+        """Each objective's weight in a step (from 0); one with a ``schedule`` is moved to it, and so is a student that has ``at_step``.
+
+        Where either is in a step depends on nothing but the step: there is nothing to save.
+        """
+        getattr(self.student, "at_step", lambda step: None)(step)
         for objective in self.objectives:
             schedule = getattr(objective, "schedule", None)
             if schedule is not None:
@@ -119,14 +136,22 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch, signal: Signal, scales: Sequence[float]) -> tuple[Tensor, Metrics]:
         """``(sum_i scales[i] * objective_i, metrics)``; metrics are detached ``(sum, count)`` pairs, the loss has count 0."""
-        output = self.student(batch)
+        active = [i for i, o in enumerate(self.objectives) if not (torch.is_grad_enabled() and self._only_watched(o))]
+        inside = merge_needs(need for i in active for need in getattr(self.objectives[i], "student_needs", ()))
+        output = self.student(batch, inside) if inside else self.student(batch)
         metrics: Metrics = {}
         shares = [
-            self._account(metrics, i, objective(output, signal, batch), objective.count(batch), scale)
-            for i, (objective, scale) in enumerate(zip(self.objectives, scales, strict=True))
-            if not (torch.is_grad_enabled() and self._only_watched(objective))
+            self._account(metrics, i, self.objectives[i](output, signal, batch), self.objectives[i].count(batch), scales[i])
+            for i in active
         ]
         return torch.stack(shares).sum(), metrics
+
+    def settle(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """After a step's last micro-batch: objectives that keep statistics of steps get those of all ranks."""
+        for objective in self.objectives:
+            mine = getattr(objective, "statistics", lambda: None)()
+            if mine is not None:
+                objective.settle(over_ranks(mine.cpu()))
 
     @staticmethod
     def _only_watched(objective: Any) -> bool:

@@ -32,9 +32,10 @@ def routed_experts(experts: Any, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Te
     """``sum_k weights[t, k] * expert[chosen[t, k]](x[t])``, ``[T, D]`` in the dtype of ``x``.
 
     ``experts`` is a module of transformers with ``gate_up_proj [E, 2 F, D]`` and ``down_proj [E, D, F]``; for other layouts
-    (biases, transposed weights, no gate, experts spread over ranks) transformers' own grouped form is used.
+    (biases, transposed weights, no gate, experts spread over ranks) transformers' own grouped form is used.  A module that computes
+    with other weights than it holds has ``quantised(name)``, and ``rounded(name, x)`` for what they are multiplied with.
     """
-    if not _plain(experts):
+    if not plain(experts):
         return grouped_mm_experts_forward(experts, x_TD, chosen_TK, weights_TK)
     count = chosen_TK.shape[1]
     chosen_S, order_S = chosen_TK.flatten().sort(stable=True)
@@ -42,9 +43,10 @@ def routed_experts(experts: Any, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Te
     # Not a count of the tokens of each: counting integers waits for the device.
     ends_E = torch.searchsorted(chosen_S, numbers, right=True, out_int32=True)
     dtype = _compute_dtype(x_TD, experts.gate_up_proj)
-    x = x_TD.to(dtype).index_select(0, order_S // count)
-    hidden = experts._apply_gate(grouped_product(x, experts.gate_up_proj.to(dtype), ends_E))
-    y = grouped_product(hidden, experts.down_proj.to(dtype), ends_E)
+    # Rounded once a token, before it goes to several experts.
+    x = _rounded(experts, "gate_up_proj", x_TD.to(dtype)).index_select(0, order_S // count)
+    hidden = experts._apply_gate(grouped_product(x, _weight(experts, "gate_up_proj").to(dtype), ends_E))
+    y = grouped_product(_rounded(experts, "down_proj", hidden), _weight(experts, "down_proj").to(dtype), ends_E)
     y_TKD = torch.empty_like(y).index_copy(0, order_S, y).unflatten(0, (-1, count))
     return (y_TKD * weights_TK.unsqueeze(-1)).sum(1, dtype=x_TD.dtype)
 
@@ -58,9 +60,18 @@ def grouped_product(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat([part @ weight.T for part, weight in zip(x_SI.split(rows), weight_EOI.unbind(), strict=True)])
 
 
-def _plain(experts: Any) -> bool:
+def plain(experts: Any) -> bool:
+    """Whether experts have the layout that is computed here."""
     odd = experts.has_bias or experts.is_transposed or experts.has_post_expert_norm or experts._is_expert_parallel
     return experts.has_gate and not odd
+
+
+def _weight(experts: Any, name: str) -> Tensor:
+    return experts.quantised(name) if hasattr(experts, "quantised") else getattr(experts, name)
+
+
+def _rounded(experts: Any, name: str, x: Tensor) -> Tensor:
+    return experts.rounded(name, x) if hasattr(experts, "rounded") else x
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -79,8 +79,10 @@ class HybridMixin(_Model):
 
     def mixers(self) -> dict[int, nn.Module]:
         """The mixers by layer index."""
-        layers = decoder_layers(self)
-        return {index: getattr(layers[index], attention_slot(layers[index])) for index in self.replaced()}
+        replaced = self.replaced()
+        # A family that is linear already can be operated on as long as nothing replaces its attention.
+        layers = decoder_layers(self) if replaced else []
+        return {index: getattr(layers[index], attention_slot(layers[index])) for index in replaced}
 
     def new_cache(self) -> DynamicCache:
         """An empty cache: keys and values for the softmax layers, each mixer's own state for the others."""

@@ -6,29 +6,23 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from limbeck.serve.refusals import Refusal, retry_after
+from limbeck.serve.admission import Admission, closing
 
 T = TypeVar("T")
 
 
-class Worker:
-    """Does jobs one after the other, in the order in which they came, in a thread of its own.
-
-    ``limit`` bounds the requests that were admitted and are not yet answered to the last byte: waiting, in work or being sent.
-    """
+class Worker(Admission):
+    """Does jobs one after the other, in the order in which they came, in a thread of its own."""
 
     def __init__(self, limit: int):
-        self.limit = limit
-        self.admitted = 0
-        self.closed = False
+        super().__init__(limit)
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._seconds = 0.0
@@ -41,34 +35,20 @@ class Worker:
         """Jobs that nobody has begun."""
         return len(self._jobs)
 
-    @contextmanager
-    def admission(self) -> Iterator[None]:
-        """Counts a request in, or refuses it (429); entered and left in the event loop."""
-        if self.closed:
-            raise _closing()
-        if self.admitted >= self.limit:
-            wait = self._seconds * (self.waiting + 1)
-            raise Refusal(
-                429,
-                f"{self.admitted} requests are under way, and at most {self.limit} are taken (--queue): come again later",
-                headers=retry_after(wait),
-            )
-        self.admitted += 1
-        try:
-            yield
-        finally:
-            self.admitted -= 1
+    def wait(self) -> float:
+        """The time of those that wait, as the last ones went."""
+        return self._seconds * (self.waiting + 1)
 
     async def run(self, job: Callable[[], T], receive: Receive) -> T:
         """The result of a job.  A client that goes away takes its job with it unless it has begun (``ClientDisconnect``)."""
         future: Future[T] = Future()
         with self._wake:
             if self.closed:
-                raise _closing()
+                raise closing()
             self._jobs.append((job, future))
             self._wake.notify()
         answer = asyncio.wrap_future(future)
-        gone = asyncio.ensure_future(_disconnect(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         racing: set[asyncio.Future[Any]] = {answer, gone}
         try:
             await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
@@ -90,7 +70,7 @@ class Worker:
             self._wake.notify()
         for _, future in waiting:
             if future.set_running_or_notify_cancel():
-                future.set_exception(_closing())
+                future.set_exception(closing())
 
     def join(self, seconds: float) -> bool:
         """Wait for the job in work after :meth:`close`; False if it takes longer."""
@@ -124,10 +104,7 @@ class Worker:
         self._seconds = seconds if not self._seconds else 0.8 * self._seconds + 0.2 * seconds
 
 
-def _closing() -> Refusal:
-    return Refusal(503, "the server is shutting down", headers=retry_after(5))
-
-
-async def _disconnect(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has gone away."""
     while (await receive())["type"] != "http.disconnect":
         pass

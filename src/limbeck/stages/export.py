@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
 from limbeck.adapters.peft_files import check_peft_can_load, write_peft
-from limbeck.config.parts.stages import ExportStageOptions
+from limbeck.config.parts.stages import ExportStageOptions, GgufOptions
 from limbeck.config.recipe import NAME
 from limbeck.data.conditions.store import ConditionSet
 from limbeck.data.tokenizer import encode, prefix_ids
@@ -26,6 +27,7 @@ from limbeck.report.card import model_card
 from limbeck.report.run import read_run
 from limbeck.stages.adapting import conditions_stage, open_conditions, open_generator
 from limbeck.stages.context import Say, StageContext
+from limbeck.stages.export_gguf import SUFFIX, export_gguf
 from limbeck.stages.folder import digest, read_json
 from limbeck.stages.run import open_stage
 from limbeck.stages.train import student_of, trained_model
@@ -51,9 +53,18 @@ class ExportStage:
             return
         for form in self.options.to:
             out = self.context.folder / "export" / form
+            if form == GGUF:
+                out = out / f"{self.options.from_}{SUFFIX}"
+                self.context.once(partial(self._gguf, folder, out))
+                self.context.say(f"  {out}")
+                continue
             self.context.once(partial(export_model, folder, out, self.options.dtype or "bfloat16", self.context.run_dir, form))
             self.context.say(f"  {out}")
 
+    def _gguf(self, folder: Path, out: Path) -> None:
+        context, options = self.context, self.options
+        data = partial(_held_out, context, getattr(context.stage_options(options.from_), "data", None))
+        export_gguf(folder, out, options.gguf, dtype=options.dtype or "bfloat16", held_out=data, say=context.say)
 
     def _adapters(self, folder: Path) -> None:
         context, options = self.context, self.options
@@ -119,6 +130,16 @@ FORMATS: dict[str, Callable[..., None]] = {"hf": save_model, "native": write_nat
 """Writers of models by format."""
 PEFT = "peft"
 """What a LoRA generator writes."""
+GGUF = "gguf"
+"""A file for llama.cpp."""
+
+
+def _held_out(context: StageContext, data: Any) -> Path | None:
+    """The prepared text of a train stage, if documents of it are held out."""
+    if data is None:
+        return None
+    folder, chosen = context.data(data)
+    return folder if chosen.held_out else None
 
 
 def export_model(folder: Path, out: Path, dtype: str, run_dir: Path | None = None, form: str = "hf") -> Path:
@@ -130,11 +151,27 @@ def export_model(folder: Path, out: Path, dtype: str, run_dir: Path | None = Non
 
 
 def export_path(
-    run_or_model: str, *, to: str = "hf", output: Path | None = None, dtype: str | None = None, prompts: Sequence[str] = (), say: Say = print
+    run_or_model: str,
+    *,
+    to: str | None = None,
+    output: Path | None = None,
+    dtype: str | None = None,
+    prompts: Sequence[str] = (),
+    gguf: GgufOptions | None = None,
+    say: Say = print,
 ) -> Path:
-    """Export ``RUN/STAGE``, ``RUN/STAGE@STEP`` (a checkpoint) or a model folder; of a LoRA generator, the adapter for ``prompts``."""
-    if to not in (*FORMATS, PEFT):
-        raise RunError(f"--to {to}: not a format{did_you_mean(to, (*FORMATS, PEFT)) or ';'} allowed: {', '.join((*FORMATS, PEFT))}")
+    """Export ``RUN/STAGE``, ``RUN/STAGE@STEP`` (a checkpoint) or a model folder; of a LoRA generator, the adapter for ``prompts``.
+
+    An output that ends in ``.gguf`` is a format too, where ``to`` names none; by default it is ``hf``.
+    """
+    known = (*FORMATS, PEFT, GGUF)
+    to = to or (GGUF if output is not None and output.suffix == SUFFIX else "hf")
+    if to not in known:
+        raise RunError(f"--to {to}: not a format{did_you_mean(to, known) or ';'} allowed: {', '.join(known)}")
+    if gguf not in (None, GgufOptions()) and to != GGUF:
+        raise RunError(f"--type, --scale, --group-size, --verify and --force are for --to {GGUF}, and this is --to {to}")
+    if to == GGUF and output is not None and output.suffix != SUFFIX:
+        raise RunError(f"--output {output}: a GGUF file ends in {SUFFIX}")
     if dtype not in (None, "float32", "bfloat16"):
         raise RunError(f"--dtype {dtype}: allowed are float32 and bfloat16")
     if to == PEFT:
@@ -144,6 +181,8 @@ def export_path(
         raise RunError(f"--prompt: is what a LoRA generator reads: it goes with --to {PEFT}")
     match = re.fullmatch(r"(.+)@(\d+)", run_or_model)
     path = Path(match[1] if match else run_or_model).resolve()
+    if match and to == GGUF:
+        return _gguf_of_checkpoint(path, int(match[2]), output, dtype, gguf or GgufOptions(), say)
     if match:
         out = output or path / "export" / f"step-{int(match[2])}"
         return _export_checkpoint(path, int(match[2]), out, dtype, say, to)
@@ -153,7 +192,29 @@ def export_path(
         hint = f"; it has checkpoints, so {run_or_model}@{steps[-1]} exports the newest" if steps else ""
         raise RunError(f"{run_or_model}: neither a model folder (no config.json) nor a finished train stage{hint}")
     in_run = folder != path and (path.parent / "recipe.json").exists()
+    if to == GGUF:
+        out = output or path / "export" / GGUF / f"{path.name}{SUFFIX}"
+        return export_gguf(folder, out, gguf or GgufOptions(), dtype=dtype, held_out=partial(_text_of, path if in_run else None), say=say)
     return export_model(folder, output or path / "export" / to, dtype, path.parent if in_run else None, to)
+
+
+def _text_of(stage_folder: Path | None) -> Path | None:
+    """The prepared text of a run's train stage, by its folder."""
+    if stage_folder is None:
+        return None
+    context = open_stage(stage_folder)
+    context.say = lambda line: None
+    return _held_out(context, getattr(context.options, "data", None))
+
+
+def _gguf_of_checkpoint(stage_folder: Path, step: int, output: Path | None, dtype: str, options: GgufOptions, say: Say) -> Path:
+    """A checkpoint as a file: its model is written beside it first, since files are read tensor by tensor."""
+    out = output or stage_folder / "export" / GGUF / f"step-{step}{SUFFIX}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".step-{step}-") as beside:
+        folder = Path(beside) / f"step-{step}"
+        _export_checkpoint(stage_folder, step, folder, "float32", say, "hf")
+        return export_gguf(folder, out, options, dtype=dtype, held_out=partial(_text_of, stage_folder), say=say)
 
 
 def _export_generated(path: Path, output: Path | None, dtype: str, prompts: Sequence[str]) -> Path:

@@ -126,7 +126,7 @@ def _refuse_for_a_model(path: str, reads: Reads, compare: bool) -> None:
 
 def _of_generator(folder: Path, reads: Reads, prompt: str, compare: bool) -> dict[str, Writer]:
     """The base with the LoRA that is generated, once, and if wanted without."""
-    context = _stage_of(folder)
+    context = stage_of(folder)
     reads = _checked(reads, prompt, read_record(folder), context)
     conditions = None if reads.named is None else _own_conditions(context)
     chosen = None if conditions is None or reads.named is None else conditions.named(reads.named)
@@ -148,7 +148,7 @@ def _generate(student: GeneratorStudent, condition_1SC: Tensor) -> Adapters:
         return student.generate(condition_1SC).detach()
 
 
-def _stage_of(folder: Path) -> StageContext:
+def stage_of(folder: Path) -> StageContext:
     """The train stage whose ``model/`` this is."""
     if folder.name != "model" or not (folder.parents[1] / "recipe.json").is_file():
         raise RunError(f"{folder}: name the generator's stage, RUN/STAGE: its run knows how it was made")

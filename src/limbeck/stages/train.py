@@ -76,6 +76,8 @@ class TrainStage:
         if context.world.mesh is None or not isinstance(student, ConditionedStudent):
             # A frozen base may be larger than one device: sharding moves it there unit by unit.
             student = student.to(context.world.device)
+        for line in getattr(student, "notes", ()):
+            context.say(f"  {line}")
         if options.student.skip_attention:
             skip_attention(student.model, options.student.skip_attention)
         tokenizer = load_tokenizer(text.tokenizer)

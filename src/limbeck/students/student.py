@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,12 @@ from limbeck.errors import ModelError
 from limbeck.models.head import head_of
 from limbeck.models.limbeck_model import surgeries_of, wrap_student
 from limbeck.models.loading import build_model, fingerprint, load_model, resolve_source, save_model
-from limbeck.models.packed import forward_packed, leak_probe
+from limbeck.models.observe import forward_observed
+from limbeck.models.packed import leak_probe
 from limbeck.models.structure import decoder_layers, layer_list
+from limbeck.needs import Need
 from limbeck.students.hybridize import REST_ROLE, resolve_layers
-from limbeck.types import Batch, Output
+from limbeck.types import Batch, Metric, Output
 
 Locate = Callable[[Any], str]
 """Maps a model source, or ``{from: stage}``, to a folder or hub name."""
@@ -67,13 +69,33 @@ class Student(nn.Module):
         """The commit of a base from the hub; None for a folder."""
         return self.model.config.limbeck["base"]["fingerprint"].get("commit") if self.surgeries else None
 
-    def forward(self, batch: Batch) -> Output:
-        """Final hidden states of packed rows, and the head."""
-        return Output(forward_packed(self.model, batch), head_of(self.model, self.num_ids))
+    def forward(self, batch: Batch, needs: Mapping[type[Need], Need] | None = None) -> Output:
+        """Final hidden states of packed rows, and the head; what ``needs`` ask to see inside is ``observed``."""
+        hidden_BTD, observed = forward_observed(self.model, batch, needs or {})
+        return Output(hidden_BTD, head_of(self.model, self.num_ids), observed=observed)
 
     def mixers(self) -> dict[int, nn.Module]:
         """Mixers by layer index."""
         return self.model.mixers() if self.surgeries else {}
+
+    @cached_property
+    def _moving(self) -> list[Any]:
+        """The surgeries that follow the training, each with what it remembers of it."""
+        return [surgery for surgery in self.surgeries if hasattr(surgery, "at_step")]
+
+    def at_step(self, step: int) -> None:
+        """Put what changes over a training to where it is in a step (from 0): a function of the step alone."""
+        for surgery in self._moving:
+            surgery.at_step(self.model, step)
+
+    def measures(self) -> dict[str, Metric]:
+        """What the surgeries tell the log about the student itself, as ``(sum, count)``."""
+        return {name: pair for surgery in self._moving for name, pair in surgery.measures(self.model).items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences to read before training."""
+        return [note for surgery in self._moving for note in surgery.notes(self.model)]
 
     def units(self) -> list[nn.Module]:
         """What is sharded as a unit of its own: every mixer and every decoder layer."""

@@ -8,8 +8,8 @@ import torch
 
 from limbeck.config.parts.teachers import LocalTeacherOptions
 from limbeck.models.head import head_of
-from limbeck.models.packed import forward_packed
-from limbeck.needs import HeadHidden, Need, TopK
+from limbeck.models.observe import forward_observed
+from limbeck.needs import AttentionQKV, HeadHidden, Need, TopK
 from limbeck.ops.topk import linear_topk
 from limbeck.teachers.documents import Ask, TopKRows, asks_of
 from limbeck.teachers.scoring import Scorer, uniforms
@@ -25,9 +25,10 @@ class LocalTeacher(Scorer):
 
     @torch.no_grad()
     def signal(self, batch: Batch, needs: Mapping[type[Need], Need]) -> Signal:
-        """``signal[HeadHidden]`` is ``Output(hidden_BTD, head)``, ``signal[TopK]`` a :class:`~limbeck.types.TopKSignal`."""
-        signal = Signal()
-        output = Output(forward_packed(self.model, batch), self.head())
+        """``signal[HeadHidden]`` is ``Output(hidden_BTD, head)``, ``signal[TopK]`` a :class:`~limbeck.types.TopKSignal`,
+        ``signal[AttentionQKV]`` ``{layer: AttentionStates}``."""
+        hidden_BTD, observed = forward_observed(self.model, batch, {AttentionQKV: needs[AttentionQKV]} if AttentionQKV in needs else {})
+        signal, output = Signal(observed), Output(hidden_BTD, self.head())
         if HeadHidden in needs:
             signal[HeadHidden] = output
         if isinstance(need := needs.get(TopK), TopK):

@@ -8,7 +8,17 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from limbeck.config.base import Count, Options, Part
-from limbeck.needs import AdapterFactors, AttentionStream, Deltas, HeadHidden, InputMoments, Need, TopK
+from limbeck.needs import (
+    AdapterFactors,
+    AttentionQKV,
+    AttentionStream,
+    Deltas,
+    HeadHidden,
+    InputMoments,
+    Need,
+    RouterLogits,
+    TopK,
+)
 from limbeck.registry import Registry
 
 OBJECTIVES = Registry("objective")
@@ -45,6 +55,10 @@ class ObjectiveOptions(Part):
     def schedule(self) -> Ramp | None:
         """How the weight moves, if it does."""
         return self.weight if isinstance(self.weight, Ramp) else None
+
+    def observes(self) -> tuple[Need, ...]:
+        """What it must see inside the student."""
+        return ()
 
     def weight_at(self, step: int) -> float:
         """The weight of a step; the first is step 0."""
@@ -211,3 +225,91 @@ class NormPenaltyOptions(ObjectiveOptions):
     kind: Literal["norm_penalty"] = "norm_penalty"
     of: Literal["factors", "product"] = "factors"
     """`factors`: mean square of A plus mean square of B (Text-to-LoRA's); `product`: the mean square of dW."""
+
+
+class RouterOptions(ObjectiveOptions):
+    """Fields of the objectives on the routers of a mixture of experts; a dense student is refused."""
+
+    def observes(self) -> tuple[Need, ...]:
+        return (RouterLogits(),)
+
+
+@OBJECTIVES.register("limbeck.objectives.moe_balance:MoEBalance")
+class MoEBalanceOptions(RouterOptions):
+    """Load balance of a mixture of experts: E times the sum over experts of load and mean probability, exactly 1 where a router is
+    uniform; the mean over layers, so that no layer hides another.
+
+    The load is that of the whole step before (all micro-batches and ranks), so that neither changes the loss; the first step has none
+    and is not pushed.
+    """
+
+    kind: Literal["moe_balance"] = "moe_balance"
+    weight: Weight | Ramp = 0.01
+    """Factor of this loss in the sum."""
+    memory: float = Field(0.0, ge=0, lt=1)
+    """Share of the load so far that stays when a step's is added (a moving mean, for small batches); 0: the step before alone."""
+
+
+@OBJECTIVES.register("limbeck.objectives.router_entropy:RouterEntropy")
+class RouterEntropyOptions(RouterOptions):
+    """Mean entropy of a token's distribution over the experts, as a share of the uniform one's: routers are pushed to be sure.
+
+    It works against `moe_balance` and early in a training can collapse the routing; a ramp from 0 brings it in later.
+    """
+
+    kind: Literal["router_entropy"] = "router_entropy"
+    weight: Weight | Ramp = 0.001
+    """Factor of this loss in the sum."""
+
+
+@OBJECTIVES.register("limbeck.objectives.router_z:RouterZ")
+class RouterZOptions(RouterOptions):
+    """Mean squared logsumexp of the routers' logits: they stay small."""
+
+    kind: Literal["router_z"] = "router_z"
+    weight: Weight | Ramp = 0.001
+    """Factor of this loss in the sum."""
+
+
+@OBJECTIVES.register("limbeck.objectives.attention_relation:AttentionRelation")
+class AttentionRelationOptions(ObjectiveOptions):
+    """The tokens of a document stand to each other as in the teacher, by queries, by keys and by values of one layer: KL(teacher ||
+    student) of softmax(A A^T / tau), summed over the three and averaged over heads (MiniLMv2, BitDistill)."""
+
+    kind: Literal["attention_relation"] = "attention_relation"
+    weight: Weight | Ramp = 1.0
+    """Factor of this loss in the sum; with `ratio` that of the first steps, before it is measured."""
+    layer: int = -1
+    """Decoder layer of the student, from 0 or, negative, from the end; one at about four fifths of the depth serves well."""
+    teacher_layer: int | None = None
+    """Decoder layer of the teacher; by default the same number."""
+    heads: int = Field(32, ge=1)
+    """Relation heads into which queries, keys and values are regrouped, whatever heads they have."""
+    temperature: float = Field(1.0, gt=0)
+    """tau; rows are L2-normalised, so that similarities lie between -1 / tau and 1 / tau."""
+    causal: bool = True
+    """A token's relations are to those before it; off: to the whole document, as the papers have it."""
+    ratio: float | None = Field(None, gt=0)
+    """Instead of a fixed weight: the size of this loss's gradient over that of all others together, both measured at the layer's
+    queries, keys and values on the steps before.  The step that measures first is not moved by this loss."""
+    ratio_memory: float = Field(0.9, ge=0, lt=1)
+    """Share of the weight so far (its logarithm) that stays when a step's measure is added; with `ratio`."""
+    chunk: int | None = Field(None, ge=1)
+    """Rows of relations that exist at one time; null: 256."""
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> AttentionRelationOptions:
+        if self.ratio is not None and (isinstance(self.weight, Ramp) or self.weight == 0):
+            raise PydanticCustomError("attention_relation", "attention_relation: `ratio` moves the weight by itself: leave `weight` out")
+        return self
+
+    @property
+    def source_layer(self) -> int:
+        """The teacher's layer."""
+        return self.layer if self.teacher_layer is None else self.teacher_layer
+
+    def needs(self) -> tuple[Need, ...]:
+        return (AttentionQKV((self.source_layer,)),)
+
+    def observes(self) -> tuple[Need, ...]:
+        return (AttentionQKV((self.layer,)),)

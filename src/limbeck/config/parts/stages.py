@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from limbeck.config.base import Count, From, OneOrMany, Options, Part, PartOf, Place, Seed
 from limbeck.config.parts.objectives import OBJECTIVES
+from limbeck.config.parts.precision import BLOCKS, types_for
 from limbeck.config.parts.sources import SOURCES
 from limbeck.config.parts.surgeries import SURGERIES
 from limbeck.config.parts.teachers import TEACHERS, ModelSource
@@ -81,23 +82,46 @@ class StudentOptions(Options):
 
 
 class GroupOptions(Options):
-    """Parameters that share a learning rate."""
+    """Parameters that share an optimiser and a learning rate."""
 
     role: str | None = None
     """Role of the parameters (`mixers`, `rest`)."""
     match: str | None = None
     """Or a pattern of parameter names."""
+    kind: Literal["adamw", "muon", "lion"] = "adamw"
+    """`adamw`; `muon`: orthogonal updates of matrices, stacked experts one by one (never for embeddings, heads or routers; it may
+    harm the fine-tuning of what Adam trained); `lion`: the sign of a momentum, at 3 to 10 times lower rates than AdamW's."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled decay; never applied to vectors (norms, biases, decays) unless `decay_vectors`."""
     decay_vectors: bool = False
     """Decay one-dimensional parameters too."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    """AdamW's (by default `optim.betas`) or Lion's (by default 0.9 and 0.99)."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's."""
+    nesterov: bool = True
+    """Muon's: look ahead along the momentum."""
+    scaling: Literal["original", "moonlight"] = "original"
+    """Muon's size of an update of a matrix with O outputs and I inputs: `original`: the root of max(1, O / I), for rates near 0.02;
+    `moonlight`: 0.2 times the root of max(O, I), for rates and decay as AdamW has them."""
+    newton_schulz: Literal["bfloat16", "float32"] = "bfloat16"
+    """Muon's dtype of the products that orthogonalise."""
 
     @model_validator(mode="after")
     def _role_or_match(self) -> GroupOptions:
         if self.role is not None and self.match is not None:
             raise ValueError("a group takes `role` or `match`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> GroupOptions:
+        foreign = {"betas"} if self.kind == "muon" else {"momentum", "nesterov", "scaling", "newton_schulz"}
+        # A resolved recipe spells out every default, of all kinds.
+        if odd := sorted(name for name in foreign if getattr(self, name) != type(self).model_fields[name].default):
+            owner = "adamw and lion" if self.kind == "muon" else "muon"
+            raise ValueError(f"a group of kind {self.kind} takes no {', '.join(f'`{name}`' for name in odd)}: that is for kind {owner}")
         return self
 
 
@@ -115,12 +139,12 @@ class ScheduleOptions(Options):
 
 
 class OptimOptions(Options):
-    """The optimiser: AdamW with groups."""
+    """The optimiser: AdamW, Muon or Lion for each group of parameters."""
 
     groups: tuple[GroupOptions, ...] = Field(min_length=1)
     """Each trained parameter belongs to the first group that claims it; one left over is an error."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's."""
+    """AdamW's, in groups that name none."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's."""
     schedule: ScheduleOptions = ScheduleOptions()
@@ -358,6 +382,35 @@ class EvaluateStageOptions(StageOptions):
     """Compute dtype."""
 
 
+class GgufOptions(Options):
+    """A file for llama.cpp."""
+
+    type: Literal["auto", "tq2_0", "tq1_0", "q2_0", "f32", "bf16"] = "auto"
+    """Type of the ternary weights: `tq2_0` (2.06 bits a weight, fastest on x86), `tq1_0` (1.69 bits), `q2_0` (2.25 bits; the only one
+    for groups of 64 and 128, and slower than bf16 on x86).  `auto` is the first that fits each weight.  `f32` and `bf16`: all weights."""
+    scale: Literal["row", "tensor", "expert", "group"] | None = None
+    """What shares a scale: that of the training, or with `force` the one to round with (`row`)."""
+    group_size: int | None = Field(None, ge=32)
+    """A scale for each so many inputs: 256 and its multiples for `tq2_0` and `tq1_0`, 64 and 128 go to `q2_0`.  By default as trained."""
+    verify: bool = False
+    """Load the file in llama.cpp and compare probabilities and token ids with torch; an error if they differ."""
+    force: bool = False
+    """Round a model that was not trained ternary all the same, and say how much worse it is on held-out text."""
+
+    @model_validator(mode="after")
+    def _holdable(self) -> GgufOptions:
+        block = BLOCKS.get(self.type)
+        if block and self.group_size and self.group_size % block:
+            fits = types_for(self.group_size, self.group_size)
+            raise ValueError(
+                f"{self.type} holds one scale for {block} weights, and groups of {self.group_size} would be stored wrong: "
+                f"set the type to {' or '.join(fits) if fits else 'bf16'} or leave the group size out"
+            )
+        if self.scale == "group" and self.group_size is None:
+            raise ValueError("scale 'group' needs the group size")
+        return self
+
+
 @STAGES.register("limbeck.stages.export:ExportStage")
 class ExportStageOptions(StageOptions):
     """Write a model folder that leaves the project."""
@@ -365,12 +418,14 @@ class ExportStageOptions(StageOptions):
     kind: Literal["export"] = "export"
     from_: str = Field(alias="from")
     """The train stage whose model is exported."""
-    to: Annotated[tuple[Literal["hf", "native", "peft"], ...], Field(min_length=1), OneOrMany()] = ("hf",)
+    to: Annotated[tuple[Literal["hf", "native", "peft", "gguf"], ...], Field(min_length=1), OneOrMany()] = ("hf",)
     """`hf`: a Hugging Face folder, which `import limbeck` loads.  `native`: the same function as a `Qwen3_5ForCausalLM`, which stock
     transformers and servers load; for Qwen3-style teachers and mixers of the preset `native`.  `peft`: what a LoRA generator writes
-    for some conditions, one PEFT folder each."""
+    for some conditions, one PEFT folder each.  `gguf`: a file for llama.cpp."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Weights' dtype in the folder; bfloat16 by default, float32 for `peft`."""
+    """Weights' dtype in the folder (`gguf`: of those that are not ternary); bfloat16 by default, float32 for `peft`."""
+    gguf: GgufOptions = GgufOptions()
+    """`gguf`: types, scales and the check."""
     conditions: tuple[str, ...] = ()
     """`peft`: conditions of the generator's data for which adapters are written, by name or by a pattern such as `math/*`."""
     prompts: dict[str, Annotated[tuple[str, ...], Field(min_length=1), OneOrMany()]] = Field(default_factory=dict)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from limbeck.config.base import From, OneOrMany, Options, Part, PartOf, Place
 from limbeck.config.parts.mixers import MIXERS
+from limbeck.config.parts.precision import BLOCKS, PlanRule, TargetType
 from limbeck.registry import Registry
 
 SURGERIES = Registry("surgery")
@@ -28,6 +29,45 @@ class HybridizeOptions(Part):
     gqa: Literal["heads", "rows"] = "heads"
     """How grouped key/value weights are expanded to one head a query head.  `rows` repeats weight rows as the reference
     repository did, which scrambles every head: it exists as a control for experiments."""
+
+
+@SURGERIES.register("limbeck.students.ternarize:Ternarize")
+class TernarizeOptions(Part):
+    """Compute with weights in {-1, 0, 1} times a scale, and train the full-precision weights behind them."""
+
+    kind: Literal["ternarize"] = "ternarize"
+    plan: Literal["auto", "moe_experts", "dense"] | tuple[PlanRule, ...] = "auto"
+    """Which weights are ternary.  `moe_experts`: the routed experts alone; `dense`: the projections of attention (or of the mixers
+    in its place) and of the MLP; `auto`: the first where the model has routed experts, else the second.  Or rules, of which the
+    first that matches a parameter's name decides."""
+    scale: Literal["row", "tensor", "expert", "group"] = "row"
+    """What shares one scale: a row, a whole tensor, one expert, or `group` neighbouring inputs of a row."""
+    group: int | None = Field(None, ge=32)
+    """Inputs to a scale (`scale: group`).  256 and its multiples fit every type of file, 64 and 128 only Q2_0."""
+    method: Literal["absmean", "twn", "mse", "elastic"] = "absmean"
+    """How scales are found: mean size (BitNet b1.58), mean size of the large ones (TWN), least squared error, or learnt (ParetoQ),
+    starting at least squared error."""
+    activations: Literal["none", "token", "q8_K"] = "none"
+    """Rounding of what ternary weights are multiplied with: `token`: 8 bits, one scale a token; `q8_K`: exactly what llama.cpp does
+    before TQ1_0 and TQ2_0."""
+    warmup: int = Field(0, ge=0)
+    """Steps over which a pretrained model is moved from its own weights to the ternary ones (lambda from 0 to 1).  0 computes with
+    ternary weights from the start."""
+    export: Annotated[tuple[TargetType, ...], OneOrMany()] = ()
+    """File types that the student must fit without loss: checked before training."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TernarizeOptions:
+        if (self.scale == "group") != (self.group is not None):
+            raise ValueError("`group` is the number of inputs to a scale of `scale: group`: give both or neither")
+        for kind in self.export:
+            if (self.group or 0) % BLOCKS[kind]:
+                fits = [name for name, block in BLOCKS.items() if not (self.group or 0) % block]
+                raise ValueError(
+                    f"{kind} holds one scale for {BLOCKS[kind]} weights, and groups of {self.group} would be stored wrong: "
+                    f"use {' or '.join(fits) or 'another group'}, or scale: row"
+                )
+        return self
 
 
 class ReaderOptions(Options):

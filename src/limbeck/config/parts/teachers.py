@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from limbeck.config.base import Count, From, Options, Part, PartOf, Place, Seed
-from limbeck.needs import AdapterFactors, AttentionStream, Deltas, HeadHidden, InputMoments, Need, TopK
+from limbeck.needs import AdapterFactors, AttentionQKV, AttentionStream, Deltas, HeadHidden, InputMoments, Need, TopK
 from limbeck.registry import Registry
 
 TEACHERS = Registry("teacher")
@@ -30,9 +30,9 @@ class LocalTeacherOptions(Part):
     """Revision of a hub model."""
 
     def provides(self, need: Need) -> bool | str:
-        if isinstance(need, HeadHidden | TopK):
+        if isinstance(need, HeadHidden | TopK | AttentionQKV):
             return True
-        gives = "it gives HeadHidden and TopK (objectives kl, topk_kl …); for attention_alignment use teacher 'self'"
+        gives = "it gives HeadHidden, TopK and AttentionQKV (objectives kl, topk_kl, attention_relation …); for attention_alignment use teacher 'self'"
         return f"teacher 'local' does not provide {type(need).__name__}; {gives}"
 
 

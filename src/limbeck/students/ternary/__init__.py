@@ -1,0 +1,1 @@
+"""What a ternary student is made of."""

@@ -1,0 +1,129 @@
+"""Modules that compute with ternary weights: Linears and stacked experts, under the names and with the tensors of the base."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limbeck.models.experts import routed_experts
+from limbeck.ops.ternary import (
+    Granularity,
+    Method,
+    Ternary,
+    elastic_start,
+    fake_quant,
+    round_q8_K,
+    round_token,
+    scale_shape,
+    ternary,
+)
+
+LEARNT = "_scale"
+"""What the parameter of learnt scales is called after its weight."""
+_ROUNDINGS = {"token": round_token, "q8_K": round_q8_K}
+
+if TYPE_CHECKING:
+    # What the mixin takes for granted beside it.
+    from torch.nn import Module as _Module
+else:
+    _Module = object
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """How a weight becomes ternary, and how its activations are rounded."""
+
+    scale: Granularity
+    group: int | None
+    method: Method
+    activations: str = "none"
+    done: bool = False
+    """The weights are codes times scales already, and are computed with as they are."""
+
+    def options(self, parts: int) -> dict[str, Any]:
+        """Keywords of the operators."""
+        return {"scale": self.scale, "group": self.group, "parts": parts}
+
+
+class Quantised(_Module):
+    """A module some of whose parameters are computed with as ternary ones.  ``mix`` is lambda: 0 is the base, 1 ternary."""
+
+    quantiser: Quantiser
+    parts: dict[str, int]
+    """Names of the ternary parameters, and the matrices stacked in the rows of each."""
+    mix: float
+
+    def quantised(self, name: str) -> Tensor:
+        """The parameter as the forward pass multiplies with it, with a straight-through gradient."""
+        weight = getattr(self, name)
+        if name not in self.parts or self.quantiser.done:
+            return weight
+        q = self.quantiser
+        return fake_quant(weight, method=q.method, learnt=self.learnt(name), mix=self.mix, **q.options(self.parts[name]))
+
+    def rounded(self, name: str, x: Tensor) -> Tensor:
+        """What the parameter is multiplied with, rounded as the options say."""
+        rounding = _ROUNDINGS.get(self.quantiser.activations)
+        return x if rounding is None or name not in self.parts or self.mix == 0.0 else rounding(x, self.mix)
+
+    def learnt(self, name: str) -> Tensor | None:
+        """The learnt scales of a parameter, if it has them."""
+        return getattr(self, name + LEARNT, None)
+
+    @torch.no_grad()
+    def codes(self, name: str, weight: Tensor | None = None, learnt: Tensor | None = None) -> Ternary:
+        """Codes and scales of a parameter: what is exported.  ``weight`` and ``learnt`` stand in for sharded ones."""
+        q, weight = self.quantiser, getattr(self, name) if weight is None else weight
+        method: Method = "exact" if q.done else q.method
+        return ternary(weight, method=method, learnt=self.learnt(name) if learnt is None else learnt, **q.options(self.parts[name]))
+
+
+class TernaryLinear(Quantised, nn.Linear):
+    """A Linear with a ternary weight; the bias, if any, is not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``x W^T + b``."""
+        return F.linear(self.rounded("weight", input), self.quantised("weight"), self.bias)
+
+
+class TernaryExperts(Quantised):
+    """First base of stacked experts: whatever experts implementation the config names, it is the grouped form that runs."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``sum_k weights[t, k] * expert[chosen[t, k]](x[t])``, ``[T, D]``."""
+        return routed_experts(self, hidden_states, top_k_index, top_k_weights)
+
+
+@functools.cache
+def _experts_class(base: Any) -> Any:
+    return type(f"Ternary{base.__name__}", (TernaryExperts, base), {"__module__": base.__module__, "__doc__": "Ternary experts."})
+
+
+def make_ternary(module: nn.Module, name: str, quantiser: Quantiser, mix: float, parts: int = 1) -> None:
+    """Let ``module`` compute with its parameter ``name``, whose rows are ``parts`` matrices, as a ternary one.
+
+    Its tensors stay what they are; learnt scales are added beside them.  Works on meta.
+    """
+    made: Any = module
+    if not isinstance(made, Quantised):
+        kind: Any = type(module)
+        made.__class__ = TernaryLinear if issubclass(kind, nn.Linear) else _experts_class(kind)
+        made.quantiser, made.parts, made.mix = quantiser, {}, mix
+    weight = getattr(made, name)
+    made.parts = {**made.parts, name: parts}
+    if quantiser.method == "elastic":
+        shape = scale_shape(tuple(weight.shape), **quantiser.options(parts))
+        made.register_parameter(name + LEARNT, nn.Parameter(torch.ones(shape, dtype=weight.dtype, device=weight.device)))
+
+
+@torch.no_grad()
+def start_scales(module: Quantised, name: str) -> None:
+    """Set learnt scales to where the squared error is least."""
+    learnt = module.learnt(name)
+    if learnt is not None:
+        learnt.copy_(elastic_start(getattr(module, name), **module.quantiser.options(module.parts[name])))
