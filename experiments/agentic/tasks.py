@@ -23,14 +23,15 @@ import numpy as np
 CHARACTERS = (60, 700)
 """Shortest and longest code that is asked for."""
 SYSTEM = "You are an agent that works in a repository with tools. Look first, then write, then finish."
-TOOLS = [
-    {"type": "function", "function": {"name": name, "description": words, "parameters": {"type": "object", "properties": properties, "required": list(properties)}}}
-    for name, words, properties in (
-        ("view", "Show a file.", {"path": {"type": "string"}}),
-        ("write", "Write code into a file.", {"path": {"type": "string"}, "code": {"type": "string"}}),
-        ("finish", "End the work.", {}),
-    )
-]  # fmt: skip
+
+
+def _tool(name: str, words: str, *parameters: str) -> dict[str, Any]:
+    properties = {parameter: {"type": "string"} for parameter in parameters}
+    schema = {"type": "object", "properties": properties, "required": list(parameters)}
+    return {"type": "function", "function": {"name": name, "description": words, "parameters": schema}}
+
+
+TOOLS = [_tool("view", "Show a file.", "path"), _tool("write", "Write code into a file.", "path", "code"), _tool("finish", "End the work.")]
 
 
 class Task(NamedTuple):
@@ -80,8 +81,8 @@ def humaneval_tasks(path: Path) -> Iterator[Task]:
             prompt = row["prompt"]
             head = next(word for word in prompt.splitlines() if word.startswith(f"def {row['entry_point']}"))
             words = ast.get_docstring(ast.parse(prompt + "    pass\n").body[-1]) or prompt  # type: ignore[arg-type]
-            where = f"problems/{row['entry_point']}.py"
-            yield Task(f"humaneval/part{number // 16}", number, f"`{row['entry_point']}` is missing.\n\n{words}", where, head, textwrap.dedent(row["canonical_solution"]).strip("\n"))
+            name, code = row["entry_point"], textwrap.dedent(row["canonical_solution"]).strip("\n")
+            yield Task(f"humaneval/part{number // 16}", number, f"`{name}` is missing.\n\n{words}", f"problems/{name}.py", head, code)
 
 
 def alpaca_tasks(path: Path) -> Iterator[Task]:
