@@ -22,7 +22,7 @@ from limbeck.engine.checkpoint import load_parameters
 from limbeck.errors import RunError, did_you_mean
 from limbeck.export.native import write_native
 from limbeck.files import sha256
-from limbeck.models.loading import load_model, load_tokenizer, save_model
+from limbeck.models.loading import load_model, load_tokenizer, resolve_source, save_model
 from limbeck.report.card import model_card
 from limbeck.report.run import read_run
 from limbeck.stages.adapting import conditions_stage, open_conditions, open_generator
@@ -180,7 +180,7 @@ def export_path(
     if prompts:
         raise RunError(f"--prompt: is what a LoRA generator reads: it goes with --to {PEFT}")
     match = re.fullmatch(r"(.+)@(\d+)", run_or_model)
-    path = Path(match[1] if match else run_or_model).resolve()
+    path = Path(match[1] if match else resolve_source(run_or_model) if run_or_model.startswith("builtin:") else run_or_model).resolve()
     if match and to == GGUF:
         return _gguf_of_checkpoint(path, int(match[2]), output, dtype, gguf or GgufOptions(), say)
     if match:
