@@ -1,6 +1,6 @@
 """The published baseline: hyper-convolutions that write Drag-and-Drop's tokens, trained on weights alone.
 
-    python experiments/dnd_baseline/run.py            # half an hour on one core (estimated)
+    python experiments/dnd_baseline/run.py            # half an hour on one core
     python experiments/dnd_baseline/run.py --quick    # the machinery in a minute; proves nothing
 
 A run that is interrupted goes on where it stopped.

@@ -1,6 +1,6 @@
 """Whether adapters of one condition lie together in the space of weights and in the space of behaviour, when their starts differ.
 
-    python experiments/gauge/run.py            # an hour on one core (estimated), half of it for pools that other experiments use too
+    python experiments/gauge/run.py            # an hour on one core, half of it for pools that other experiments use too
     python experiments/gauge/run.py --quick    # the machinery in a minute; proves nothing
 
 A pool for each seed, with its own random start for every adapter; three more in each of which all begin alike; and one in which all three
