@@ -12,7 +12,7 @@ import typer
 from limbeck.errors import LimbeckError
 
 KEY = "LIMBECK_API_KEY"
-CLOSING = 2.0
+CLOSING = 10.0
 """Seconds beyond the grace time for cut answers to say so."""
 
 
