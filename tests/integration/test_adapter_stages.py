@@ -482,7 +482,7 @@ def test_recipes_that_cannot_work_are_refused_before_anything_runs(finished: Fin
 
     pool = {**finished.recipe["stages"]["pool"], "conditions": {"from": "other"}}
     words = refused(finished, "check", finished.only("conditions", pool=pool, other=generating([{"kind": "ce"}])))
-    assert "stage 'other' is of kind train: it makes no conditions; name a prepare_conditions stage" in words
+    assert "stage 'other' is of kind train: it makes no conditions; name a prepare_conditions or prepare_trajectories stage" in words
 
     delta = generating([{"kind": "delta"}], teacher={"kind": "adapters", "pool": {"from": "pool"}})
     words = refused(finished, "check", finished.only("conditions", "pool", generate=delta))
@@ -497,7 +497,7 @@ def test_data_without_conditions_and_a_surgery_beside_the_generator_are_refused(
     monkeypatch.chdir(finished.home)
     plain = {"source": [{"kind": "text", "path": "pump.txt", "documents": "paragraph"}], "tokenizer": "base", "sequence": 32, "held_out": 0}
     words = refused(finished, "run", {"name": "plain", "stages": {"generate": {**generating([{"kind": "ce"}]), "data": plain}}})
-    assert "reads conditions, and `data` is plain text: name a prepare_conditions stage" in words
+    assert "reads conditions, and `data` is plain text: name a prepare_conditions or prepare_trajectories stage" in words
 
     both = generating([{"kind": "ce"}])
     both["student"]["surgery"].insert(0, {"kind": "hybridize"})
