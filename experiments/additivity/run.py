@@ -1,6 +1,6 @@
 """Whether behaviours add up: teachers that were really trained on two tasks, against sums and merges of the two tasks' own.
 
-    python experiments/additivity/run.py            # forty minutes on one core (estimated), beside what held_out_conditions has made
+    python experiments/additivity/run.py            # half an hour on one core, beside what held_out_conditions has made
     python experiments/additivity/run.py --quick    # the machinery in a minute; proves nothing
 
 A run that is interrupted goes on where it stopped.
