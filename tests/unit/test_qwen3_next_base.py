@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -21,11 +22,12 @@ from limbeck.adapters.inject import Injector
 from limbeck.adapters.peft_files import check_peft_can_load, write_peft
 from limbeck.adapters.spec import Adapters, AdapterSpec
 from limbeck.adapters.targets import resolve_spec, resolve_targets
-from limbeck.config.parts.surgeries import LoraGeneratorOptions
+from limbeck.config.parts.surgeries import LoraGeneratorOptions, TernarizeOptions
 from limbeck.engine.recompute import recompute
 from limbeck.errors import AdapterError
 from limbeck.models import experts as experts_module
 from limbeck.models.experts import EXPERTS, grouped_product
+from limbeck.models.limbeck_model import wrap_student
 from limbeck.models.loading import build_model, load_model, save_model
 from limbeck.models.packed import FLAG, forward_packed, rows_seen
 from limbeck.models.structure import layer_list
@@ -321,3 +323,15 @@ def test_generators_for_the_real_qwen3_coder_next() -> None:
         sizes[name] = sum(p.numel() for p in generator.parameters())
     assert sizes == {"default depth": 54_479_672, "one block": 48_172_856, "with shared experts": 47_887_704}
     assert sizes["one block"] <= 50_000_000 and sizes["with shared experts"] <= 50_000_000
+
+
+def test_a_student_of_a_mixture_of_experts_from_files_is_saved_as_it_is_loaded(tmp_path: Path) -> None:
+    save_model(moe(QWEN3_NEXT), tmp_path / "base")
+    with safe_open(tmp_path / "base" / "model.safetensors", "pt") as file:
+        assert any(".experts.0." in name for name in file.keys())  # noqa: SIM118
+    student = wrap_student(load_model(str(tmp_path / "base")), (TernarizeOptions(),), {"source": str(tmp_path / "base"), "fingerprint": "none"})
+    save_model(student, tmp_path / "student")
+    again = load_model(str(tmp_path / "student"))
+    ids = torch.arange(24).reshape(2, 12) * 5 % 90
+    with torch.no_grad():
+        assert (again(input_ids=ids).logits - student(input_ids=ids).logits).abs().max() < 1e-5

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from limbeck.errors import DataError, ModelError, did_you_mean
 from limbeck.files import put_in_place, sha256
 from limbeck.models.experts import pin_experts
-from limbeck.models.limbeck_model import pin_attention
+from limbeck.models.limbeck_model import HybridMixin, pin_attention
 from limbeck.models.strict import check_loading
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
@@ -317,7 +317,8 @@ def save_model(
             trained = {name for name, _ in model.named_parameters()}
             state = {name: t.to(dtype) if name in trained and t.is_floating_point() else t for name, t in state.items()}
         with _quiet():
-            model.save_pretrained(beside, state_dict=state)
+            # transformers writes stacked experts as their family's files have them, one by one, and stacks them again for that family alone.
+            model.save_pretrained(beside, state_dict=state, save_original_format=not isinstance(model, HybridMixin))
         _finish_config(model, beside / "config.json", dtype)
         if tokenizer_source is not None:
             copy_tokenizer(tokenizer_source, beside)
