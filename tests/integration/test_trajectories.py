@@ -26,6 +26,9 @@ from limbeck.engine.metrics import read_metrics
 from limbeck.engine.step import TrainStep
 from limbeck.errors import DataError, RecipeError, RunError
 from limbeck.models.loading import build_model, load_tokenizer, save_model
+from limbeck.report.card import model_card
+from limbeck.report.html import page
+from limbeck.report.run import read_run
 from limbeck.stages.run import stage_key
 from limbeck.types import IGNORE
 
@@ -423,6 +426,17 @@ def test_stored_signals_teach_as_the_teacher_itself_does(finished):
 
 def test_held_out_repositories_are_never_trained_on(finished):
     assert finished.trained and finished.trained <= set(finished.conditions.split("seen"))
+
+
+def test_page_and_card_show_the_table(finished):
+    found = json.loads((finished.run / "evaluate/evaluation/agent.json").read_text())["splits"]["held_out_source"]
+    run = read_run(finished.run)
+    for text in (page(run), model_card(run, peft=True)):
+        assert "On trajectories: evaluate" in text and f"Held-out repositories: {found['conditions']} issue" in text
+        assert "No evaluate_adapters stage has judged" not in text
+        for name, kl in found["kl"].items():
+            row = next(line for line in text.replace("<tr>", "\n<tr>").splitlines() if line.startswith((f"<tr><td>{name}<", f"| {name} |")))
+            assert f"{kl:.4f}" in row
 
 
 def test_every_control_is_in_the_table(finished):

@@ -20,7 +20,6 @@ from limbeck.config.parts.stages import GroupOptions, LoopOptions, OptimOptions
 from limbeck.config.parts.teachers import LocalTeacherOptions
 from limbeck.engine.loop import Trainer
 from limbeck.engine.metrics import loss_trace, read_metrics
-from limbeck.engine.muon import HALVES
 from limbeck.engine.optim import build_optimizer
 from limbeck.engine.parallel import World, connect
 from limbeck.engine.step import TrainStep
@@ -32,7 +31,7 @@ from ranks import on_two_ranks
 
 SHAPES = {
     "experts.gate_up_proj": (5, 12, 6), "experts.down_proj": (5, 6, 8), "one.down_proj": (1, 6, 8), "q.weight": (9, 6), "k.weight": (9, 6),
-    "mlp.gate_up_proj.weight": (10, 6), "o.weight": (4, 12), "marked": (6, 4), "norm.weight": (7,), "single.weight": (1, 5),
+    "mlp.gate_up_proj.weight": (10, 6), "o.weight": (4, 12), "small.weight": (6, 4), "norm.weight": (7,), "single.weight": (1, 5),
 }  # fmt: skip
 """Uneven over two ranks, of which one has nothing of some."""
 GROUPS = {
@@ -54,7 +53,6 @@ def stepped(kind: str, mesh: DeviceMesh | None, *, products: str = "float32", st
         return x if mesh is None else distribute_tensor(x, mesh, [Shard(0)])
 
     parameters = {name: nn.Parameter(placed(random(name, 0))) for name in SHAPES}
-    setattr(parameters["marked"], HALVES, 2)
     claimed = []
     for settings in GROUPS[kind]:
         more = {"newton_schulz": products} if settings.get("kind") == "muon" else {}
@@ -92,8 +90,6 @@ def trainer_of(folder: Path, kind: str, world: World, **loop: Any) -> Trainer:
     if kind == "experts":
         names = {"ce": 1.0, "moe_balance": 0.3, "router_entropy": 0.1, "router_z": 0.01}
         student = moe_student()
-        # Sharding replaces the parameters; the mark must go with them.
-        setattr(student.model.model.layers[1].mlp.up_proj.weight, HALVES, 2)
         step = TrainStep(student, [objective(name, weight=weight) for name, weight in names.items()])
     else:
         options = OBJECTIVES.options("attention_relation").model_validate({"kind": "attention_relation", "heads": 4, "layer": -2, "ratio": 0.3})

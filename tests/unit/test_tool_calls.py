@@ -12,7 +12,6 @@ import pytest
 
 from limbeck.evaluation.tool_calls import (
     CallScore,
-    CallTally,
     ToolCall,
     call_spans,
     compare,
@@ -187,15 +186,15 @@ def test_counts_say_which_part_of_a_call_is_wrong() -> None:
 
 
 def test_rates_are_over_everything_that_was_added() -> None:
-    tally = CallTally()
-    assert tally.rates() == {}
-    tally.add(compare([], []))
-    tally.add(compare([], [ToolCall("run", {})], malformed=2))
-    assert tally.rates() == {"number": 0.5} and tally.total.malformed == 2 and tally.total.turns_with_call == 0
-    tally.add(compare([ToolCall("run", {"a": 1, "b": 2, "c": 3})], [ToolCall("run", {"a": 1, "b": 3, "c": 3})]))
-    tally.add(compare([ToolCall("run", {"a": 1})], []))
-    assert tally.rates() == {"number": 0.5, "name": 0.5, "keys": 0.5, "all_values": 0, "exact": 0, "values": 0.5}
-    assert tally.total == CallScore(4, 2, 4, 2, 2, 2, 1, 1, 0, 0, 4, 2)
+    total = CallScore()
+    assert total.rates() == {}
+    total += compare([], [])
+    total += compare([], [ToolCall("run", {})], malformed=2)
+    assert total.rates() == {"number": 0.5} and total.malformed == 2 and total.turns_with_call == 0
+    total += compare([ToolCall("run", {"a": 1, "b": 2, "c": 3})], [ToolCall("run", {"a": 1, "b": 3, "c": 3})])
+    total += compare([ToolCall("run", {"a": 1})], [])
+    assert total.rates() == {"number": 0.5, "name": 0.5, "keys": 0.5, "all_values": 0, "exact": 0, "values": 0.5}
+    assert total == CallScore(4, 2, 4, 2, 2, 2, 1, 1, 0, 0, 4, 2)
 
 
 # -- teacher forcing -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from limbeck.engine.determinism import derive_seed, deterministic, seed_everythi
 from limbeck.engine.gates import check_gate
 from limbeck.engine.lock import RunLock
 from limbeck.engine.metrics import MetricsWriter
-from limbeck.engine.muon import HALVES
 from limbeck.engine.parallel import World, parallelize, release_teacher
 from limbeck.engine.precision import autocast, sharded_policy
 from limbeck.engine.recompute import outer_units, recompute
@@ -134,14 +133,11 @@ class Trainer:
         if self.options.activation_checkpointing:
             for unit in outer_units(student):
                 recompute(unit)
-        marks = {name: getattr(p, HALVES) for name, p in student.named_parameters() if hasattr(p, HALVES)}
         parallelize(step, self.world, sharded_policy(self.options.precision))
         if self.options.compile:
             for unit in outer_units(student):
                 unit.compile()
         parameters = dict(student.named_parameters())
-        for name, number in marks.items():
-            setattr(parameters[name], HALVES, number)
         rebuilt = [(options, [(name, parameters[name]) for name in names]) for options, names in claimed]
         self.names = {p: name for _, members in rebuilt for name, p in members}
         self.parameters = list(self.names)

@@ -17,14 +17,10 @@ from torch.distributed.tensor import DTensor
 from limbeck.engine.shards import gathered, holds_whole_matrices, like_shard, local
 from limbeck.ops.newton_schulz import STEPS, orthogonalise
 
-HALVES = "limbeck_halves"
-"""Attribute of a parameter that holds several matrices side by side along its outputs (dim -2): their number."""
 
-
-def halves_of(name: str, parameter: Tensor) -> int:
-    """How many matrices stand above each other in a parameter: what it is marked with, else 2 for a fused ``gate_up_proj``."""
-    fused = name.removesuffix(".weight").rpartition(".")[2] == "gate_up_proj"
-    return int(getattr(parameter, HALVES, 2 if fused else 1))
+def halves_of(name: str) -> int:
+    """How many matrices stand above each other in the parameter of this name: 2 in a fused ``gate_up_proj``."""
+    return 2 if name.removesuffix(".weight").rpartition(".")[2] == "gate_up_proj" else 1
 
 
 def is_matrix(parameter: Tensor) -> bool:

@@ -87,7 +87,7 @@ def _halves(label: str, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[
             f"optim.groups '{label}': Muon orthogonalises matrices, and {', '.join(vectors[:4])}{more} are vectors: claim them in an earlier "
             "group of kind lion or adamw, by role or `match`"
         )
-    numbers = {name: (p, halves_of(name, p)) for name, p in parameters}
+    numbers = {name: (p, halves_of(name)) for name, p in parameters}
     for name, (p, number) in numbers.items():
         if p.shape[-2] % number:
             raise RunError(f"optim.groups '{label}': {name} has {p.shape[-2]} outputs, which are not {number} matrices of one size")

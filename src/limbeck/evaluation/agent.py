@@ -26,7 +26,6 @@ from limbeck.ops.projection import chunk_for, whole_logits
 from limbeck.ops.topk_divergence import linear_topk_divergence
 from limbeck.types import IGNORE, Batch, Head, Output, TopKSignal
 
-BASE = "base"
 Ask = Callable[[Batch], tuple[Batch, TopKSignal | None]]
 """What a teacher says about a batch, and the batch with what it left out masked."""
 

@@ -268,21 +268,6 @@ class CallScore:
         return {name: count / of for name, (count, of) in shares.items() if of}
 
 
-class CallTally:
-    """Sums over turns."""
-
-    def __init__(self) -> None:
-        self.total = CallScore()
-
-    def add(self, score: CallScore) -> None:
-        """One more turn, or several."""
-        self.total += score
-
-    def rates(self) -> dict[str, float]:
-        """:meth:`CallScore.rates` of everything so far."""
-        return self.total.rates()
-
-
 def compare(wanted: Sequence[ToolCall], found: Sequence[ToolCall], *, malformed: int = 0) -> CallScore:
     """How right the calls of one turn are.  Values are compared as text where either call is written in a way without types."""
     score = CallScore(turns=1, turns_with_call=int(bool(wanted)), counted=1, right_number=int(len(wanted) == len(found)), malformed=malformed)

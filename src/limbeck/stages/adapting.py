@@ -17,6 +17,7 @@ from limbeck.config.parts.surgeries import SURGERIES, DeltaPredictorOptions, Lor
 from limbeck.config.parts.teachers import AdaptersTeacherOptions
 from limbeck.config.recipe import CONDITION_STAGES
 from limbeck.data.conditions.store import ConditionSet
+from limbeck.data.tokenizer import encode, prefix_ids
 from limbeck.errors import RunError
 from limbeck.models.loading import fingerprint, load_model, load_tokenizer, resolve_source
 from limbeck.models.vocabulary import compare_vocabularies
@@ -166,6 +167,20 @@ def open_generator(context: StageContext, folder: Path, conditions: ConditionSet
     if not isinstance(student, GeneratorStudent):
         raise RunError(f"stage '{context.name}': {folder} holds a predictor of deltas, which generates no LoRA: name a generator")
     return student
+
+
+def condition_of(texts: list[str], tokenizer: Any, num_texts: int, num_tokens: int) -> torch.Tensor:
+    """Texts as a generator reads them, int64 ``[1, S, C]``, padded with -1; more than S texts, or a text of no token, is an error."""
+    if len(texts) > num_texts:
+        raise RunError(f"{len(texts)} prompts, and this generator reads at most {num_texts}: give fewer")
+    ids = torch.full((1, num_texts, num_tokens), -1)
+    for row, text in enumerate(texts):
+        found = encode(tokenizer, [text])[0]
+        if not found:
+            raise RunError(f"prompt {row + 1} has no token: give text")
+        found = [*prefix_ids(tokenizer), *found][:num_tokens]
+        ids[0, row, : len(found)] = torch.tensor(found)
+    return ids
 
 
 def checked_source(record: dict[str, Any], who: Path) -> str:

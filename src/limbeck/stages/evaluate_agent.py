@@ -15,7 +15,8 @@ from limbeck.data.conditions.store import ConditionSet
 from limbeck.engine.precision import autocast
 from limbeck.engine.step import TrainStep
 from limbeck.errors import RunError
-from limbeck.evaluation.agent import BASE, AgentJudge, Found, lines_of, summarise
+from limbeck.evaluation.adapters import BASE
+from limbeck.evaluation.agent import AgentJudge, Found, lines_of, summarise
 from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import shared_ids
 from limbeck.needs import TopK

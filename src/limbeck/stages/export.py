@@ -17,7 +17,6 @@ from limbeck.adapters.peft_files import check_peft_can_load, write_peft
 from limbeck.config.parts.stages import ExportStageOptions, GgufOptions
 from limbeck.config.recipe import NAME
 from limbeck.data.conditions.store import ConditionSet
-from limbeck.data.tokenizer import encode, prefix_ids
 from limbeck.engine.checkpoint import load_parameters
 from limbeck.errors import RunError, did_you_mean
 from limbeck.export.native import write_native
@@ -25,7 +24,7 @@ from limbeck.files import sha256
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source, save_model
 from limbeck.report.card import model_card
 from limbeck.report.run import read_run
-from limbeck.stages.adapting import conditions_stage, open_conditions, open_generator
+from limbeck.stages.adapting import condition_of, conditions_stage, open_conditions, open_generator
 from limbeck.stages.context import Say, StageContext
 from limbeck.stages.export_gguf import SUFFIX, export_gguf
 from limbeck.stages.folder import digest, read_json
@@ -110,20 +109,6 @@ def export_adapters(
         context.say(f"  {target}")
         written.append(target)
     return written
-
-
-def condition_of(texts: list[str], tokenizer: Any, num_texts: int, num_tokens: int) -> torch.Tensor:
-    """Texts as a generator reads them, int64 ``[1, S, C]``, padded with -1; more than S texts, or a text of no token, is an error."""
-    if len(texts) > num_texts:
-        raise RunError(f"{len(texts)} prompts, and this generator reads at most {num_texts}: give fewer")
-    ids = torch.full((1, num_texts, num_tokens), -1)
-    for row, text in enumerate(texts):
-        found = encode(tokenizer, [text])[0]
-        if not found:
-            raise RunError(f"prompt {row + 1} has no token: give text")
-        found = [*prefix_ids(tokenizer), *found][:num_tokens]
-        ids[0, row, : len(found)] = torch.tensor(found)
-    return ids
 
 
 FORMATS: dict[str, Callable[..., None]] = {"hf": save_model, "native": write_native}

@@ -19,9 +19,8 @@ from limbeck.errors import RunError
 from limbeck.evaluation.decode import decode
 from limbeck.evaluation.samples import end_ids
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
-from limbeck.stages.adapting import conditions_stage, open_conditions, open_generator, static_adapter
+from limbeck.stages.adapting import condition_of, conditions_stage, open_conditions, open_generator, static_adapter
 from limbeck.stages.context import StageContext
-from limbeck.stages.export import condition_of
 from limbeck.stages.run import open_stage
 from limbeck.students.generator.student import GeneratorStudent, is_generator, read_record
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 from limbeck.data.conditions.build import build_conditions
 from limbeck.data.conditions.store import ConditionSet
@@ -12,6 +14,8 @@ from limbeck.stages.context import StageContext
 class PrepareConditionsStage:
     """Writes ``conditions/``."""
 
+    build: Callable[..., Any] = staticmethod(build_conditions)
+
     def __init__(self, context: StageContext):
         self.context = context
 
@@ -20,7 +24,7 @@ class PrepareConditionsStage:
         context = self.context
         options, out = context.options, context.folder / "conditions"
         tokenizer = context.locate(options.tokenizer)
-        context.once(lambda: build_conditions(options, out, tokenizer=tokenizer, base_dir=context.recipe_dir, progress=context.say))
+        context.once(lambda: self.build(options, out, tokenizer=tokenizer, base_dir=context.recipe_dir, progress=context.say))
         made = ConditionSet(out)
         splits = Counter(condition.split for condition in made.conditions)
         context.facts["result"] = {"conditions": len(made), **splits}

@@ -11,8 +11,7 @@ import torch
 
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
 from limbeck.serve.openai.transformers import Acting, Speaker
-from limbeck.stages.adapting import open_generator, static_adapter
-from limbeck.stages.export import condition_of
+from limbeck.stages.adapting import condition_of, open_generator, static_adapter
 from limbeck.stages.generate import stage_of
 from limbeck.students.generator.student import GeneratorStudent, is_generator
 

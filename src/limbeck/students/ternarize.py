@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from limbeck.config.parts.precision import PLANS, Precision, idle_rules, precision_of, types_for
+from limbeck.config.parts.precision import PLANS, Precision, idle_rules, plan_for, precision_of, types_for
 from limbeck.config.parts.surgeries import TernarizeOptions
 from limbeck.errors import ModelError
 from limbeck.models.experts import plain
@@ -51,8 +51,7 @@ class Ternarize:
             )
         if self.options.plan != "auto":
             return self.options
-        routed = any(precision_of("moe_experts", name) == "ternary" for name, _ in model.named_parameters())
-        return self.options.model_copy(update={"plan": "moe_experts" if routed else "dense"})
+        return self.options.model_copy(update={"plan": plan_for(name for name, _ in model.named_parameters())})
 
     def apply(self, model: PreTrainedModel) -> None:
         """Let the plan's weights be computed with as ternary ones; learnt scales are not filled yet.  Works on meta."""

@@ -60,6 +60,11 @@ def precision_of(plan: str | Sequence[PlanRule], name: str) -> Precision:
     return next((rule.precision for rule in rules_of(plan) if fnmatchcase(name, rule.match)), "keep")
 
 
+def plan_for(names: Iterable[str]) -> Literal["moe_experts", "dense"]:
+    """The named plan of a model with these parameters: that of experts where there are routed ones."""
+    return "moe_experts" if any(precision_of("moe_experts", name) == "ternary" for name in names) else "dense"
+
+
 def idle_rules(plan: str | Sequence[PlanRule], names: Sequence[str]) -> list[str]:
     """Patterns of a plan's own rules (not of a named plan) that match no name at all."""
     return [] if isinstance(plan, str) else [r.match for r in plan if not any(fnmatchcase(name, r.match) for name in names)]

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from limbeck.config.base import From, OneOrMany, Options, Part, PartOf, Place
 from limbeck.config.parts.mixers import MIXERS
-from limbeck.config.parts.precision import BLOCKS, PlanRule, TargetType
+from limbeck.config.parts.precision import BLOCKS, PlanRule, TargetType, types_for
 from limbeck.registry import Registry
 
 SURGERIES = Registry("surgery")
@@ -62,7 +62,7 @@ class TernarizeOptions(Part):
             raise ValueError("`group` is the number of inputs to a scale of `scale: group`: give both or neither")
         for kind in self.export:
             if (self.group or 0) % BLOCKS[kind]:
-                fits = [name for name, block in BLOCKS.items() if not (self.group or 0) % block]
+                fits = types_for(self.group or 0, self.group)
                 raise ValueError(
                     f"{kind} holds one scale for {BLOCKS[kind]} weights, and groups of {self.group} would be stored wrong: "
                     f"use {' or '.join(fits) or 'another group'}, or scale: row"

@@ -109,7 +109,7 @@ class ChatTemplate:
             ends.append(at + len(self.closing))
             starts.append(at + len(piece))
         self._check_only(text, pieces, starts)
-        return [(start - len(self.header), start, end) for start, end in zip(starts, ends, strict=False)]
+        return [(start - len(self.header), start, end) for start, end in zip(starts[:-1], ends, strict=True)]
 
     def _check_only(self, text: str, pieces: list[str], starts: list[int]) -> None:
         """Turns that are found in another place from the end on than from the beginning are told apart by nothing."""

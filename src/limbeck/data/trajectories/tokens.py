@@ -110,5 +110,5 @@ def _in_parts(tokenizer: Any, text: str, cuts: list[int]) -> tuple[np.ndarray, n
     if before:
         parts = [parts[0], *((ids[len(lead) :], bounds[len(lead) :] - len(LEAD)) for ids, bounds in parts[1:])]
     ids = np.concatenate([ids for ids, _ in parts])
-    bounds = np.concatenate([found + edge for (_, found), edge in zip(parts, edges, strict=False)])
+    bounds = np.concatenate([found + edge for (_, found), edge in zip(parts, edges[:-1], strict=True)])
     return ids, bounds[:, 0], bounds[:, 1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from limbeck.config.parts.precision import precision_of
+from limbeck.config.parts.precision import plan_for, precision_of
 from limbeck.config.parts.surgeries import TernarizeOptions
 from limbeck.errors import ModelError
 from limbeck.export.gguf.packing import Weight
@@ -21,10 +21,8 @@ from limbeck.export.native import native_model
 from limbeck.models.limbeck_config import MODEL_TYPE
 from limbeck.models.loading import load_config, load_model
 from limbeck.ops.ternary import Granularity, dequantised, ternary
-from limbeck.students.ternarize import check_exportable, ternarize_options
+from limbeck.students.ternarize import FUSED, check_exportable, ternarize_options
 from limbeck.students.ternary.modules import Quantised
-
-FUSED = "gate_up_proj"
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,7 @@ def _is_exact(weight: Tensor, scale: Granularity, group: int | None) -> bool:
 def forced(origin: Origin, scale: Granularity, group: int | None) -> Origin:
     """A model that was not trained ternary, rounded as it is: the plan is that of its kind, the scales are of least squared error."""
     weights = origin.weights
-    routed = any(precision_of("moe_experts", name) == "ternary" for name in weights.shapes)
-    plan = "moe_experts" if routed else "dense"
+    plan = plan_for(weights.shapes)
     chosen = {name for name in weights.shapes if precision_of(plan, name) == "ternary"}
     if not chosen:
         raise ModelError("no weight of this model is a projection or an expert that could be ternary")

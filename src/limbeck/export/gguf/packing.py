@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from limbeck.config.parts.precision import types_for
-from limbeck.errors import ModelError, did_you_mean
+from limbeck.errors import ModelError
 from limbeck.ops.ternary import Ternary, dequantised
 
 Weight: TypeAlias = Tensor | Ternary
@@ -57,13 +57,6 @@ TERNARY = (TQ2_0, TQ1_0, Q2_0)
 _TRITS = np.array([81, 27, 9, 3, 1], dtype=np.uint16)
 _TRIT_BYTES = ((0, 5, 32), (160, 5, 16), (240, 4, 4))
 """TQ1_0's three stretches of bytes: first weight, weights a byte, bytes (weights of a byte lie that many apart)."""
-
-
-def type_named(name: str) -> FileType:
-    """The type of a name; an unknown one is a :class:`ModelError`."""
-    if name not in TYPES:
-        raise ModelError(f"GGUF type {name!r}: unknown{did_you_mean(name, TYPES) or ''}; allowed: {', '.join(TYPES)}")
-    return TYPES[name]
 
 
 def obstacle(width: int, group: int, kind: FileType) -> str | None:

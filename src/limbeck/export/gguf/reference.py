@@ -56,7 +56,9 @@ def reference_model(weights: Weights, plan: Sequence[Planned], *, emulate: bool 
     # Rotary tables are no parameters: they are computed, not read.
     model.to_empty(device="cpu")
     state = {name: as_read(weights.read(name), types[name]) for name in weights.shapes}
-    model.load_state_dict(state, strict=False, assign=True)
+    unknown = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    if unknown:
+        raise ModelError(f"the family's model has no place for {', '.join(unknown[:4])}")
     model.tie_weights()
     _fill_buffers(model)
     lost = [name for name, _ in model.named_parameters() if name not in state and name not in model.all_tied_weights_keys]

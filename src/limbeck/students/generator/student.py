@@ -90,7 +90,7 @@ class ConditionedStudent(nn.Module):
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """States and mask of each row's condition."""
         if batch.condition_BSC is None:
-            raise ModelError("this student reads conditions, and this data has none: name a prepare_conditions stage in `data`")
+            raise ModelError("this student reads conditions, and this data has none: name a prepare_conditions or prepare_trajectories stage in `data`")
         return self.states(batch.condition_BSC)
 
     def facts(self) -> dict[str, Any]:
