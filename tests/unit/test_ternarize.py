@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from adapter_bases import QWEN3_NEXT
 from engine_parts import DenseCE, Rows, make_trainer
 from families import VOCABULARY, packed_batch, stir, tiny_model, tokens
-from limbeck.config.parts.precision import types_for
+from limbeck.config.parts.precision import precision_of, types_for
 from limbeck.config.parts.surgeries import HybridizeOptions, TernarizeOptions
 from limbeck.engine.metrics import loss_trace, read_metrics
 from limbeck.engine.parallel import World
@@ -29,7 +29,7 @@ from limbeck.models.loading import build_model, load_model, save_model
 from limbeck.models.structure import layer_list
 from limbeck.ops.ternary import dequantised, round_token, ternary
 from limbeck.students.student import Student
-from limbeck.students.ternarize import check_exportable, dequantise, precisions, ternarize_options, ternary_weights
+from limbeck.students.ternarize import check_exportable, dequantise, ternarize_options, ternary_weights
 from ranks import on_two_ranks
 
 BASE: dict[str, Any] = {"source": "tiny", "fingerprint": {}}
@@ -234,7 +234,8 @@ def test_the_first_rule_that_matches_decides() -> None:
         {"match": "*.self_attn.*_proj.weight", "precision": "q8"},
     ]
     student = student_of(base_of("qwen3"), plan=plan)
-    said = precisions(student.model, ternarize_options(student.model.config))
+    kept = ternarize_options(student.model.config).plan
+    said = {name: precision_of(kept, name) for name, _ in student.model.named_parameters()}
     assert {name for name, role in student.roles.items() if role == "ternary"} == {name for name, p in said.items() if p == "ternary"}
     assert said["model.layers.0.mlp.up_proj.weight"] == "bf16" and said["model.layers.1.mlp.up_proj.weight"] == "ternary"
     assert said["model.layers.3.self_attn.q_proj.weight"] == "q8" and said["lm_head.weight"] == "keep"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from limbeck.config.parts.precision import PLANS, Precision, idle_rules, plan_for, precision_of, types_for
+from limbeck.config.parts.precision import PLANS, idle_rules, plan_for, precision_of, types_for
 from limbeck.config.parts.surgeries import TernarizeOptions
 from limbeck.errors import ModelError
 from limbeck.models.experts import plain
@@ -188,7 +188,7 @@ def _nearest(pattern: str, names: list[str]) -> str:
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
-# -- what export and serving read -----------------------------------------------------------------------------------------
+# -- what a student's config and codes say --------------------------------------------------------------------------------
 
 
 def ternarize_options(config: Any) -> TernarizeOptions | None:
@@ -215,12 +215,6 @@ def check_exportable(config: Any) -> TernarizeOptions:
             "weights than were trained: go on training it, then export"
         )
     return options
-
-
-def precisions(model: PreTrainedModel, options: TernarizeOptions) -> dict[str, Precision]:
-    """What the plan says of each parameter of a student, learnt scales left out."""
-    scales = {path + LEARNT for path, _, _ in _found(model)}
-    return {name: precision_of(options.plan, name) for name, _ in model.named_parameters() if name not in scales}
 
 
 def ternary_weights(model: PreTrainedModel) -> Iterator[tuple[str, Ternary]]:
