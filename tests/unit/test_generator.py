@@ -315,7 +315,7 @@ def test_a_static_lora_is_the_same_for_all_and_learns() -> None:
 
 
 def test_data_without_conditions_is_refused() -> None:
-    with pytest.raises(ModelError, match="name a prepare_conditions stage"):
+    with pytest.raises(ModelError, match="name a prepare_conditions or prepare_trajectories stage"):
         student_of()(packed_batch([[5, 5]]))
 
 
