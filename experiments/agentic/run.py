@@ -1,6 +1,6 @@
 """A generator that reads the issue against one LoRA for all issues, both taught a bigger model's logits on agents' trajectories.
 
-    python experiments/agentic/run.py            # an hour and a half on one core (estimated)
+    python experiments/agentic/run.py            # two hours on one core (estimated)
     python experiments/agentic/run.py --quick    # the machinery in a minute; proves nothing
 
 Every arm goes through the shipped engine.  A run that is interrupted goes on where it stopped.
@@ -33,7 +33,7 @@ ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "static": ({"condition": "none"}, (3e-3, 1e-2)),
 }
 """Arm -> options of the generator, and the learning rates that are tried on the first seed."""
-STEPS, ROWS = 200, 8
+STEPS, ROWS = 100, 8
 SPLITS = {"held_out_source": "held-out repositories", "seen": "repositories trained on"}
 
 
