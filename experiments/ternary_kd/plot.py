@@ -37,14 +37,12 @@ def draw(found: Results, arms: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    """The picture and three tables: arms, what the tuning saw, the file."""
+    """The picture and the tables: arms, the file, criteria."""
     folder = Path(sys.argv[1]) if sys.argv[1:] else HERE
     found = Results(folder)
     arms = [setting for setting in found.settings() if found.values(setting, "ce") and setting != "teacher"]
     draw(found, arms, folder)
     print(markdown(["arm", *MEASURES.values()], [[arm, *(cell(found.values(arm, m)) for m in MEASURES)] for arm in ["teacher", *arms]]))
-    tuned = [setting for setting in found.settings() if "learning rate" in setting]
-    print("\n" + markdown(["tuned on the first seed", "held-out CE at the end of training"], [[s, cell(found.values(s, "ce while training"))] for s in tuned]))
     files = [(m, found.values("ternary by row, KD", f"export: {m}")) for m in ("positions", "median", "largest", "top1")]
     print("\n" + markdown(["file against torch", "mean (range)"], [[m, cell(values, ".3g")] for m, values in files if values]))
     print("\n" + found.criteria())
