@@ -55,9 +55,10 @@ class Lab:
         self.stages = ground(quick)
         self.base: Any = "builtin:code-2m" if quick else {"from": "pretrain"}
 
-    def pool(self, seed: int, init: str = "independent", inits: int = 1) -> str:
-        """LoRAs for all conditions (several for each seen one, if ``inits`` says so); returns the stage's name."""
-        name = f"pool-{init}{f'-x{inits}' if inits > 1 else ''}-s{seed}"
+    def pool(self, seed: int, init: str = "independent", inits: int = 1, splits: Sequence[str] = ()) -> str:
+        """LoRAs for all conditions, or those of ``splits`` (several for each seen one, if ``inits`` says so); returns the stage's name."""
+        splits = ("seen",) if inits > 1 else splits
+        name = f"pool-{init}{f'-x{inits}' if inits > 1 else ''}{'-some' if splits and inits == 1 else ''}-s{seed}"
         self.stages[name] = {
             "kind": "train_adapters",
             "base": self.base,
@@ -66,7 +67,8 @@ class Lab:
             "optim": {"groups": [{"lr": 5e-3}], "schedule": {"warmup": 10, "final": 0.1}, "clip": None},
             "loop": {"steps": 2 if self.quick else 150, "rows": 2, "together": 32, "keep_last": 1},
             "seed": seed,
-            **({"inits": inits, "splits": ["seen"]} if inits > 1 else {}),
+            **({"inits": inits} if inits > 1 else {}),
+            **({"splits": list(splits)} if splits else {}),
         }
         return name
 

@@ -3,8 +3,9 @@
     python experiments/ablations/run.py            # an hour and a half on one core (estimated)
     python experiments/ablations/run.py --quick    # the machinery in a minute; proves nothing
 
-One train stage with a grid: 4 weights of the delta x 3 numbers of probes x 3 representations x 3 seeds, all on teachers of one start, so
-that the weights' mean squared error has its best case.  A run that is interrupted goes on where it stopped.
+4 weights of the delta x 3 numbers of probes x 3 representations x 3 seeds, all on teachers of one start, so that the weights' mean squared
+error has its best case.  Train stages with a grid; with weight zero neither probes nor representation change anything that trains, so
+that there is one run a seed.  A run that is interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "mean-pool": {"tokens": "mean", "per_probe": False},
     "multi-layer": {"tokens": "last", "per_probe": False, "layers": [1, 2, 3]},
 }
-STEPS, ROWS, LENGTH = 120, 8, 32
+STEPS, ROWS, LENGTH = 80, 8, 32
 SPLITS = ("seen", "held_out_slice")
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     options = command_line(__doc__ or "", "adapters_lab", seeds=(1, 2, 3))
     lab = Lab(options.out, options.quick)
     probes, readings = (PROBES[:1], dict(list(READINGS.items())[:1])) if options.quick else (PROBES, READINGS)
-    pool = lab.pool(1, "shared")
+    pool = lab.pool(1, "shared", splits=SPLITS)
     deltas: dict[str, tuple[int, str]] = {}
     for count in probes:
         for reading, represent in readings.items():
@@ -54,21 +55,27 @@ def main() -> None:
             stage = lab.deltas(pool, f"-ablate-{count}-{reading.replace(' ', '-')}", probes=chosen, represent={**represent, **layers})
             deltas[stage] = (count, reading)
     objectives = [{"kind": "weights", "loss": "mse"}, {"kind": "delta", "precision": "bfloat16", "weight": 1.0}]
-    name = lab.generator("ablate", objectives, seed=1, pool=pool, deltas=next(iter(deltas)), steps=STEPS, rows=ROWS)
-    lab.stages[name]["grid"] = {
-        "objectives.1.weight": list(WEIGHTS.values()),
-        "teacher.deltas.from": list(deltas),
-        "seed": list(options.seeds),
+    grids = {
+        "ablate-zero": {"objectives.1.weight": [0.0], "teacher.deltas.from": [next(iter(deltas))]},
+        "ablate": {"objectives.1.weight": [weight for weight in WEIGHTS.values() if weight], "teacher.deltas.from": list(deltas)},
     }
-    lab.stages[name]["loop"]["validate_every"] = 2 if options.quick else STEPS
+    cells: dict[str, list[Any]] = {}
+    for label, grid in grids.items():
+        name = lab.generator(label, objectives, seed=1, pool=pool, deltas=next(iter(deltas)), steps=STEPS, rows=ROWS)
+        lab.stages[name]["grid"] = {**grid, "seed": list(options.seeds)}
+        lab.stages[name]["loop"]["validate_every"] = 2 if options.quick else STEPS
+        cells[name] = list(grid_cells(STAGES.options("train").model_validate(lab.stages[name])))
     lab.run()
-    cells = list(grid_cells(STAGES.options("train").model_validate(lab.stages[name])))
-    found = remembered(options.out / "ablations.json", [label for label, _, _ in cells], lambda: judge(lab, name, pool, cells))
+    labels = [f"{stage}/{label}" for stage, found in cells.items() for label, _, _ in found]
+    found = remembered(options.out / "ablations.json", labels, lambda: judge(lab, pool, cells))
     words = {weight: word for word, weight in WEIGHTS.items()}
     rows: Rows = []
-    for label, settings, _ in cells:
-        count, reading = deltas[settings["teacher.deltas.from"]]
-        rows += as_rows(f"{words[settings['objectives.1.weight']]} x {count} probes x {reading}", settings["seed"], found[label])
+    for stage, of_stage in cells.items():
+        for label, settings, _ in of_stage:
+            word, own = words[settings["objectives.1.weight"]], settings["teacher.deltas.from"]
+            # The run of weight zero stands for all its cells.
+            for count, reading in deltas.values() if word == "zero" else [deltas[own]]:
+                rows += as_rows(f"{word} x {count} probes x {reading}", settings["seed"], found[f"{stage}/{label}"])
     rows += as_rows("base", 0, found[BASE]) + as_rows(TEACHER, 0, found[TEACHER])
     conclude(
         options.out if options.quick else HERE,
@@ -80,18 +87,18 @@ def main() -> None:
     )
 
 
-def judge(lab: Lab, stage: str, pool_stage: str, cells: list[Any]) -> dict[str, dict[str, float]]:
+def judge(lab: Lab, pool_stage: str, cells: dict[str, list[Any]]) -> dict[str, dict[str, float]]:
     """Cell -> loss on test text by split; the base's and the teachers' beside them."""
     out = lab.out
     conditions, pool = ConditionSet(out / "conditions" / "conditions"), read_pool(out / pool_stage / "adapters")
     entries, teachers = entries_of(pool, conditions), pool.adapters()
     found: dict[str, dict[str, float]] = {}
-    context = open_stage(out / stage)
-    for number, (label, _, _) in enumerate(cells):
-        student = open_generator(context, out / stage / "grid" / label / "model", conditions, dtype=torch.float32)
+    for stage, label in [(stage, label) for stage, of_stage in cells.items() for label, _, _ in of_stage]:
+        student = open_generator(open_stage(out / stage), out / stage / "grid" / label / "model", conditions, dtype=torch.float32)
         judged = Judged(student.model, student.injector, conditions, 2 if lab.quick else 8, 16)
-        columns: dict[str, Any] = {label: lambda ids, student=student: student.generate(torch.from_numpy(conditions.texts.of(np.array(ids)))).detach()}
-        if number == 0:
+        name = f"{stage}/{label}"
+        columns: dict[str, Any] = {name: lambda ids, student=student: student.generate(torch.from_numpy(conditions.texts.of(np.array(ids)))).detach()}
+        if not found:
             columns |= {BASE: lambda ids: None, TEACHER: lambda ids: teachers.pick([entries[i][0] for i in ids])}
         for split in SPLITS:
             for column, values in judged.nll(conditions.split(split), columns).items():

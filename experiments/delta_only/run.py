@@ -32,6 +32,7 @@ ARMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "diverse, guarded": ("", [DELTA, *GUARDS]),
 }
 """Arm -> whose deltas, and the objectives."""
+SPLITS = ("seen", "held_out_slice")
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     lab = Lab(options.out, options.quick)
     judged, rows = [], []
     for seed in options.seeds:
-        pool = lab.pool(seed)
+        pool = lab.pool(seed, splits=SPLITS)
         deltas = {"-paper": lab.deltas(pool, "-paper", paper=True), "": lab.deltas(pool, moments=True)}
         names = {
             arm: lab.generator(f"do-{arm.replace(', ', '-')}", objectives, seed=seed, pool=pool, deltas=deltas[which])
@@ -50,7 +51,7 @@ def main() -> None:
         predictor = lab.generator("do-predictor", [{"kind": "delta"}], seed=seed, pool=pool, deltas=means)
         lab.stages[predictor]["student"]["surgery"] = [{"kind": "delta_predictor", "width": 128}]
         lab.stages[predictor]["objectives"] = [{"kind": "delta"}]
-        stage = lab.judge(list(names.values()), pool, "-do", predictors=[predictor], deltas={"from": means})
+        stage = lab.judge(list(names.values()), pool, "-do", predictors=[predictor], deltas={"from": means}, splits=list(SPLITS))
         lab.run()
         merges = {f"{predictor}: {what}": f"retrieved: {what}" for what in ("nearest", "mean of 3", "TIES of 3")}
         judged.append(rename(lab.judged(stage), {name: arm for arm, name in names.items()} | merges))
