@@ -48,6 +48,28 @@ def put_in_place(beside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def same_files(origin: Path, folder: Path) -> None:
+    """A folder with the files of another, complete or not there.
+
+    Tensors (`.safetensors`), which nothing changes in place, are one file with two names where the file system has that; the rest is
+    copied, so that an edited config does not damage what it came from.
+    """
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(origin, beside, copy_function=_link)
+    put_in_place(beside, folder)
+
+
+def _link(source: str, target: str) -> str:
+    if source.endswith(".safetensors"):
+        try:
+            os.link(source, target)
+            return target
+        except OSError:
+            pass  # another disk, or a file system without such names
+    return str(shutil.copy2(source, target))
+
+
 def listing(folder: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of every file below a folder, by its path in it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

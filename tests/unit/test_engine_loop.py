@@ -150,7 +150,7 @@ def test_a_nan_stops_the_run_and_names_the_tensor(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"step 8: the gradient is not finite.*embedding\.weight"):
         make_trainer(tmp_path, step, checkpoint_every=2).run()
     assert (tmp_path / "exit_reason").read_text() == "failed\n"
-    assert (tmp_path / "checkpoints" / "step-00000006").exists()
+    assert (tmp_path / "checkpoints" / "step_6").exists()
 
 
 def test_skipping_non_finite_steps_is_bounded(tmp_path: Path) -> None:

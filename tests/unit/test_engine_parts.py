@@ -20,7 +20,7 @@ from limbeck.config.parts.stages import GroupOptions, OptimOptions, ScheduleOpti
 from limbeck.engine.console import Progress, duration, quantity
 from limbeck.engine.determinism import derive_seed, deterministic, rng_state, seed_everything, set_rng_state, untouched_rng
 from limbeck.engine.metrics import MetricsWriter, loss_trace, read_metrics
-from limbeck.engine.optim import build_optimizer, global_norm, materialise_state, set_learning_rates
+from limbeck.engine.optim import build_optimizer, global_norm, materialise_state, set_rates
 from limbeck.engine.schedule import factor
 from limbeck.engine.signals import StopFlag
 from limbeck.errors import CheckpointError
@@ -54,7 +54,7 @@ def test_vectors_are_not_decayed_unless_asked() -> None:
     group = GroupOptions(role="mixers", lr=0.5, weight_decay=0.1)
     optimizer = build_optimizer([(group, members)], OptimOptions(groups=(group,)))
     assert {g["params"][0].ndim: g["weight_decay"] for g in optimizer.param_groups} == {2: 0.1, 1: 0.0}
-    assert set_learning_rates(optimizer, 0.5) == {"mixers": 0.25}
+    assert set_rates(optimizer, 0.5) == {"mixers": 0.25}
     decayed = GroupOptions(lr=0.5, weight_decay=0.1, decay_vectors=True)
     assert [g["weight_decay"] for g in build_optimizer([(decayed, members)], OptimOptions(groups=(decayed,))).param_groups] == [
         0.1

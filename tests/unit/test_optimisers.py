@@ -16,7 +16,7 @@ from limbeck.engine.lion import Lion
 from limbeck.engine.loop import Trainer
 from limbeck.engine.metrics import loss_trace
 from limbeck.engine.muon import Muon, halves_of, scale
-from limbeck.engine.optim import Mixed, build_optimizer, flat_state, materialise_state, set_learning_rates
+from limbeck.engine.optim import Mixed, build_optimizer, flat_state, materialise_state, set_rates
 from limbeck.errors import RunError
 from limbeck.ops import newton_schulz
 from limbeck.ops.newton_schulz import orthogonalise, orthogonalised
@@ -194,11 +194,11 @@ def mixed_trainer(folder: Path, groups: list[dict[str, Any]] = KINDS, **loop: An
 def test_a_mixed_optimiser_is_its_parts() -> None:
     one, other = make_step().student, make_step().student
     mixed = build_optimizer(claimed(one, KINDS), OptimOptions(groups=tuple(GroupOptions.model_validate(g) for g in KINDS)))
-    assert isinstance(mixed, Mixed) and set_learning_rates(mixed, 0.5) == {"*.mixer.*.weight": 0.01, "*.weight": 5e-4, "2": 5e-3}
+    assert isinstance(mixed, Mixed) and set_rates(mixed, 0.5) == {"*.mixer.*.weight": 0.01, "*.weight": 5e-4, "2": 5e-3}
     parts = []
     for options, members in claimed(other, KINDS):
         parts.append(build_optimizer([(options, members)], OptimOptions(groups=(options,))))
-        set_learning_rates(parts[-1], 0.5)
+        set_rates(parts[-1], 0.5)
     for step in range(3):
         for student in (one, other):
             for i, p in enumerate(student.parameters()):

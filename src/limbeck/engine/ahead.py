@@ -46,7 +46,7 @@ class StepQueue:
     """Fetches at most ``num_steps`` steps, ``lookahead`` of them before their turn if the teacher takes questions early."""
 
     def __init__(self, loader: StepLoader, step: TrainStep, *, microbatch: int | None, num_steps: int):
-        self._loader, self._step, self._microbatch = loader, step, microbatch
+        self._loader, self._step, self.microbatch = loader, step, microbatch
         self._left = num_steps
         self._steps: deque[Upcoming] = deque()
         self.lookahead = getattr(step.teacher, "lookahead", 1) if hasattr(step.teacher, "submit") else 0
@@ -61,7 +61,7 @@ class StepQueue:
         while len(self._steps) < steps and self._left:
             self._left -= 1
             position, rows = self._loader.state(), self._loader.next_step()
-            parts = split(rows, self._microbatch)
+            parts = split(rows, self.microbatch)
             self._steps.append(Upcoming(position, rows, parts, [self._step.submit(part) for part in parts]))
 
     def first(self) -> Upcoming:

@@ -4,9 +4,8 @@ A checkpoint is written under a temporary name beside its place, its files are f
 last, the folder is renamed and its parent fsynced.  Tensors go through DCP's safetensors storage (so that another number of ranks
 can read them), everything else is JSON; nothing is pickled.
 
-    checkpoints/step-00000010/   tensors/*.safetensors, objectives.safetensors, rng-0-of-1.{safetensors,json}, state.json,
-                                 MANIFEST.json
-    checkpoints/final/           the same, never pruned
+    checkpoints/step_10/   tensors/*.safetensors, objectives.safetensors, rng-0-of-1.{safetensors,json}, state.json, MANIFEST.json
+    checkpoints/final/     the same, never pruned, and what the caller puts beside it (a train stage: model/, to load without us)
 """
 
 from __future__ import annotations
@@ -37,8 +36,11 @@ from limbeck.files import fsync, sha256
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
-_STEP = re.compile(r"step-(\d{8,})")
+FINAL = "final"
+_STEP = re.compile(r"step_(\d+)")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NEARLY_FULL = 0.1
+"""Share of a disk that is free, below which that is said."""
 _PART = ".part-"
 """Each rank's piece of the manifest, gone when the whole one is written."""
 
@@ -55,6 +57,17 @@ class Loaded:
     step: int
     state: dict[str, Any]
     objectives: dict[str, Tensor]
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step_{step}"
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """Step -> folder of every committed checkpoint but the final one, oldest first."""
+    found = {int(match[1]): path for path in (folder.iterdir() if folder.is_dir() else ()) if (match := _STEP.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -96,6 +109,14 @@ def _no_space(error: BaseException) -> bool:
     return any(word in text for word in ("No space left", "File too large", "quota exceeded", "inline_container"))
 
 
+def space(size: float) -> str:
+    """``162GB``, ``1.8TB``, ``4.1MB``: three digits at most, as disks are sold."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= limit:
+            return f"{size / limit:.3g}{unit}"
+    return f"{size / 1e3:.3g}kB"
+
+
 def space_needed(tensors: dict[str, Tensor]) -> int:
     """Bytes of a checkpoint of these tensors, with a tenth to spare."""
     return int(1.1 * sum(t.numel() * t.element_size() for t in tensors.values())) + (1 << 20)
@@ -104,12 +125,14 @@ def space_needed(tensors: dict[str, Tensor]) -> int:
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, folder: Path, world: World, *, keep_last: int, say: Callable[[str], None]):
+    def __init__(self, folder: Path, world: World, *, keep_last: int, say: Callable[[str], None], note: Callable[[str], None] | None = None):
+        """``say`` takes what must be read, ``note`` what is only for the log; ``keep_last`` 0 keeps all."""
         self.folder = folder
         self.world = world
         self.keep_last = keep_last
         self.say = say
-        self._warned = False
+        self.note = note or (lambda text: None)
+        self._warned = 0
         if world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for stale in sorted(folder.glob(".tmp-*")) + sorted(folder.glob(".trash-*")):
@@ -118,21 +141,32 @@ class Checkpoints:
 
     def steps(self) -> list[tuple[int, Path]]:
         """Committed checkpoints, oldest first; ``final`` counts with the step it holds."""
-        found = []
-        for path in self.folder.iterdir() if self.folder.exists() else ():
-            if match := _STEP.fullmatch(path.name):
-                found.append((int(match[1]), path))
-            elif path.name == "final":
-                found.append((_final_step(path), path))
-        return sorted(found, key=lambda pair: (pair[0], pair[1].name))
+        final = self.folder / FINAL
+        found = [*saved_steps(self.folder).items(), *([(_final_step(final), final)] if final.exists() else [])]
+        # The final one has more in it than the step's own: it is the newer of two.
+        return sorted(found, key=lambda pair: (pair[0], pair[1] == final))
+
+    def has_final(self, step: int) -> bool:
+        """Whether the final checkpoint is that of a step, as every rank sees it."""
+        return bool(self.world.gather([int(_final_step(self.folder / FINAL) == step)])[0, 0])
 
     # -- saving ----------------------------------------------------------------------------------------------------------
 
     def save(
-        self, step: int, tensors: dict[str, Tensor], objectives: dict[str, Tensor], state: dict[str, Any], *, final: bool = False
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        objectives: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        final: bool = False,
+        beside: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Write, commit, then prune.  Raises :class:`NoSpace` when it does not fit; nothing committed is touched by that."""
-        target = self.folder / ("final" if final else f"step-{step:08d}")
+        """Write, commit, then prune.  Raises :class:`NoSpace` when it does not fit; nothing committed is touched by that.
+
+        ``beside`` (called on every rank) puts more into the folder, which is then a part of the checkpoint.
+        """
+        target = self.folder / (FINAL if final else step_name(step))
         owner = int(self.world.gather([os.getpid()])[0, 0])
         temporary = self.folder / f".tmp-{target.name}-{owner}"
         failure: BaseException | None = None
@@ -146,6 +180,8 @@ class Checkpoints:
         self._agree(failure, temporary)
         try:
             self._write(temporary, tensors, objectives, {**state, "step": step})
+            if beside is not None:
+                beside(temporary)
         except (OSError, RuntimeError, CheckpointException) as error:  # the last one is no Exception
             failure = error
         except Exception as error:
@@ -170,23 +206,39 @@ class Checkpoints:
             failure = error
         self._agree(failure, temporary)
         if self.world.rank == 0:
+            size = sum(path.stat().st_size for path in _files(target))
+            self.note(f"  -> checkpoint saved to {target} ({space(size)})")
             self._prune()
         self.world.barrier()
         return target
+
+    def check_room(self, tensors: dict[str, Tensor], saves: int) -> None:
+        """Raises :class:`NoSpace` if the checkpoints that a run of ``saves`` saves keeps, and the one being written, do not fit."""
+        failure: NoSpace | None = None
+        if self.world.rank == 0:
+            kept = min(saves, self.keep_last or saves) + 1
+            one, free = space_needed(tensors), shutil.disk_usage(self.folder).free
+            held = sum(path.stat().st_size for _, folder in self.steps() for path in _files(folder))
+            if free + held < kept * one:
+                failure = NoSpace(
+                    f"{self.folder}: {kept} checkpoints of {space(one)} are there at one time, and {space(free)} are free: make room, lower "
+                    "loop.keep_last, or name a folder on another disk in loop.checkpoints"
+                )
+        if self.world.gather([int(failure is not None)]).sum():
+            raise failure or NoSpace(f"{self.folder}: the checkpoints do not fit; the first rank's message says more")
 
     def _check_space(self, tensors: dict[str, Tensor]) -> None:
         usage = shutil.disk_usage(self.folder)
         need = space_needed(tensors)
         if usage.free < need:
             raise NoSpace(
-                f"{self.folder}: a checkpoint needs {need / 1e6:.0f} MB and {usage.free / 1e6:.0f} MB are free; "
+                f"{self.folder}: a checkpoint needs {space(need)} and {space(usage.free)} are free; "
                 "make room, or lower loop.keep_last"
             )
-        if usage.used > 0.9 * usage.total and not self._warned:
-            self._warned = True
-            self.say(
-                f"WARNING: the disk of {self.folder} is {usage.used / usage.total:.0%} full; a checkpoint takes {need / 1e6:.0f} MB"
-            )
+        percent = int(100 * (1 - usage.free / usage.total))
+        if usage.free < NEARLY_FULL * usage.total and percent > self._warned and self.world.rank == 0:
+            self._warned = percent
+            self.say(f"WARNING: Disk {percent}% full ({space(usage.free)} / {space(usage.total)} available)")
 
     def _write(self, temporary: Path, tensors: dict[str, Tensor], objectives: dict[str, Tensor], state: dict[str, Any]) -> None:
         rank, size = self.world.rank, self.world.size
@@ -244,9 +296,11 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Only after a commit, only step folders, never the newest ones."""
-        steps = [path for _, path in self.steps() if path.name != "final"]
-        for path in steps[: -self.keep_last]:
+        old = list(saved_steps(self.folder).values())[: -self.keep_last] if self.keep_last else []
+        for path in old:
             _remove(path)
+        if old:
+            self.note(f"  Cleaned {len(old)} old checkpoint(s), keeping last {self.keep_last}")
 
     # -- loading ---------------------------------------------------------------------------------------------------------
 
@@ -271,7 +325,7 @@ class Checkpoints:
                     f"checkpoint {path.name} is damaged: {reason}.  It is set aside as {aside.name}; the one before it is used."
                 )
             problem = int(tried and step < 0)
-        step, is_final, problem = (int(x) for x in self.world.gather([step, int(name == "final"), problem])[0])
+        step, is_final, problem = (int(x) for x in self.world.gather([step, int(name == FINAL), problem])[0])
         if problem:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint in it is whole (the damaged ones are set aside as .corrupt-*); "
@@ -279,7 +333,7 @@ class Checkpoints:
             )
         if step < 0:
             return None
-        path = self.folder / ("final" if is_final else f"step-{step:08d}")
+        path = self.folder / (FINAL if is_final else step_name(step))
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         _compare_shapes(path, state["shapes"], tensors)
         _read_tensors(path, tensors, self.world)

@@ -1,9 +1,11 @@
-"""What a run says while it works: one live line on a terminal, one plain line a logged step elsewhere."""
+"""What a run says while it works: one live line on a terminal, one plain line a logged step elsewhere, and ``training.log``."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -38,38 +40,81 @@ def describe(row: Mapping[str, Any], num_steps: int) -> str:
     return "  ".join(parts)
 
 
-class Progress:
-    """A run's voice.  ``console=None`` is silent (ranks other than 0, and tests)."""
+def short_line(row: Mapping[str, Any], num_steps: int, elapsed: float) -> str:
+    """``[  1000/ 100000] loss=2.34 lr=0.020 gnorm=1.2 tok/s=8500 elapsed=2000s``; the rate is the highest of the groups."""
+    rate = max((value for name, value in row.items() if name.startswith("lr/")), default=0.0)
+    shown = f"{rate:.3f}" if rate == 0 or rate >= 1e-3 else f"{rate:.2e}"
+    head = f"[{row['step']:6d}/{num_steps:7d}] loss={row['loss']:.2f} lr={shown} gnorm={row['grad_norm']:.1f}"
+    return f"{head} tok/s={row['tokens_per_second']:.0f} elapsed={elapsed:.0f}s"
 
-    def __init__(self, console: Console | None, title: str, num_steps: int):
+
+class Progress:
+    """A run's voice.  ``console=None`` is silent (ranks other than 0, and tests); ``log`` is a file that everything is added to.
+
+    ``short`` says on the console what the file holds.
+    """
+
+    def __init__(self, console: Console | None, title: str, num_steps: int, *, log: Path | None = None, short: bool = False):
         self.console = console
         self.title = title
         self.num_steps = num_steps
+        self.short = short
+        self._path = log
+        self._log: TextIO | None = None
+        self._began = time.monotonic()
         self._live: Live | None = None
 
     def start(self) -> None:
         """Begin the live line, if this is a terminal."""
-        if self.console is not None and self.console.is_terminal:
+        self._began = time.monotonic()
+        if self.console is not None and self.console.is_terminal and not self.short:
             self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show a logged step."""
-        if self.console is None:
-            return
-        line = f"{self.title}  {describe(row, self.num_steps)}"
+        line = short_line(row, self.num_steps, time.monotonic() - self._began)
+        self._write(line)
+        if not self.short:
+            line = f"{self.title}  {describe(row, self.num_steps)}"
         if self._live is not None:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
         else:
-            self.say(line)
+            self._print(line)
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """A line that stays."""
+        self._write(text)
+        self._print(text)
+
+    def note(self, text: str) -> None:
+        """A line for the file, and for a console that shows what it holds."""
+        self._write(text)
+        if self.short:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         if self.console is not None:
             self.console.print(Text(text), soft_wrap=True)
 
+    def _write(self, text: str) -> None:
+        if self._path is None:
+            return
+        if self._log is None:
+            self._log = self._path.open("a", encoding="utf-8")
+        try:
+            self._log.write(text + "\n")
+            self._log.flush()
+        except OSError as error:
+            # A full disk must not end a run over a line that the metrics hold too.
+            self._path = None
+            self._print(f"WARNING: training.log is not written any more ({error})")
+
     def close(self) -> None:
-        """End the live line."""
+        """End the live line and the file."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,10 @@ class Trainer:
         console: Console | None = None,
         title: str = "train",
         identity: Mapping[str, str] | None = None,
+        checkpoints: Path | None = None,
+        beside_final: Callable[[Path], None] | None = None,
     ):
+        """``checkpoints`` is where they lie, if not in ``folder``; ``beside_final`` (called on every rank) adds to the final one."""
         self.train_step = step
         self.loader = loader
         self.options = loop
@@ -106,7 +109,13 @@ class Trainer:
         self.validation_rows = validation_rows
         self.identity = dict(identity or {})
         self.total = num_steps(loop, loader)
-        self.voice = Progress(console if self.world.rank == 0 else None, title, self.total)
+        first = self.world.rank == 0
+        self.voice = Progress(
+            console if first else None, title, self.total, log=folder / "training.log" if first else None, short=loop.log_form == "short"
+        )
+        self.checkpoint_folder = checkpoints or folder / "checkpoints"
+        self.beside_final = beside_final
+        self.microbatch = loop.microbatch
         self.at = _Position()
         self.window = Window()
         self.advised = False
@@ -168,11 +177,7 @@ class Trainer:
                 if self.world.rank == 0:
                     write_atomically(reason_file, "failed\n")
                 if isinstance(error, torch.OutOfMemoryError):
-                    now = self.options.microbatch or "all rows of a step"
-                    raise RunError(
-                        f"out of memory at step {self.at.step + 1}: lower loop.microbatch (now {now}), "
-                        "set loop.activation_checkpointing, or shorten data.sequence"
-                    ) from error
+                    raise RunError(f"out of memory at step {self.at.step + 1}: {self._ways_out()}") from error
                 raise
             finally:
                 self.voice.close()
@@ -187,10 +192,12 @@ class Trainer:
 
     def _run(self, stop: StopFlag, exact: bool) -> TrainResult:
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", self.world, keep_last=self.options.keep_last, say=self.voice.say
+            self.checkpoint_folder, self.world, keep_last=self.options.keep_last, say=self.voice.say, note=self.voice.note
         )
         self._announce(exact)
         self._resume()
+        if self.at.step < self.total:
+            self.checkpoints.check_room(self._tensors(), -(-self.total // self._save_every))
         writer = MetricsWriter(self.folder / "metrics.jsonl", self.at.step) if self.world.rank == 0 else None
         try:
             self.voice.start()
@@ -272,14 +279,13 @@ class Trainer:
 
     def _loop(self, stop: StopFlag, writer: MetricsWriter | None) -> bool:
         """Steps until the budget is spent (False) or a signal came (True)."""
-        every = self.options.checkpoint_every or min(1000, max(1, self.total // 10))
         every_validation = self.options.validate_every
         self.train_step.train()
         self.began, self.began_step = time.perf_counter(), self.at.step
         self.window = Window()
-        queue = StepQueue(
-            self.loader, self.train_step, microbatch=self.options.microbatch, num_steps=self.total - self.at.step
-        )
+        queue = StepQueue(self.loader, self.train_step, microbatch=self.microbatch, num_steps=self.total - self.at.step)
+        if self.at.step >= self.total and not self.checkpoints.has_final(self.at.step):
+            self._save(queue.position, final=True)
         while self.at.step < self.total:
             agreed = self._agree(queue.first(), stop)
             if agreed.stopping or agreed.failure:
@@ -289,7 +295,7 @@ class Trainer:
                     raise agreed.failure
                 return True
             queue.advance()
-            loss = self._accumulate(agreed)
+            loss = self._gradients(agreed, queue)
             # The next rows are fetched while the device still works on the backward pass.
             queue.fill(1)
             self._apply(loss)
@@ -297,7 +303,7 @@ class Trainer:
             self.at.tokens += agreed.tokens
             self.window.tokens += agreed.tokens
             last = self.at.step == self.total
-            saving = self.at.step % every == 0 and not last
+            saving = self.at.step % self._save_every == 0 and not last
             if last or saving or self.at.step == 1 or self.at.step % self.options.log_every == 0:
                 self._log(writer)
             if self.validation_rows is not None and every_validation and (last or self.at.step % every_validation == 0):
@@ -350,9 +356,53 @@ class Trainer:
         self.train_step.settle(self.world.sum)
         return torch.as_tensor(loss)
 
+    def _gradients(self, agreed: _Agreed, queue: StepQueue) -> Tensor:
+        """:meth:`_accumulate`; where memory runs out, the same step in smaller micro-batches until one fits, which is then said or kept."""
+        rows = max((part.input_ids_BT.shape[0] for part, _ in agreed.parts), default=1)
+        fits, held = rows, dict(self.window.metrics)
+        while True:
+            try:
+                loss = self._accumulate(agreed)
+                break
+            except torch.OutOfMemoryError:
+                if self.world.size > 1 or fits == 1:
+                    raise
+            # Outside the handler: its traceback holds the graph that did not fit.
+            self.train_step.forget()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.window.metrics = dict(held)
+            release_memory(self.world.device)
+            fits = -(-fits // 2)
+            # Smaller parts have no answer of their own yet: the teacher is asked again.
+            agreed = replace(agreed, parts=[(piece, None) for part, _ in agreed.parts for piece in part.split(fits)])
+        if fits == rows:
+            return loss
+        said = f"out of memory at step {self.at.step + 1} with {rows} rows a micro-batch; {fits} fit (tried)"
+        if self.options.on_out_of_memory == "stop":
+            raise RunError(
+                f"{said}: set loop.microbatch: {fits}, which takes the same steps in more passes, or loop.on_out_of_memory: halve to have "
+                "that done by itself"
+            )
+        self.voice.say(f"{said}: the run goes on with them, at the same rows a step")
+        self.microbatch = queue.microbatch = fits
+        return loss
+
+    def _ways_out(self) -> str:
+        """What to set when memory has run out and nothing smaller was tried, or the smallest did not fit."""
+        rows, length = self.loader.rows_per_step // self.world.size, self.loader.rows.sequence
+        ways = [] if (self.microbatch or rows) == 1 else [f"loop.microbatch (now {self.microbatch or f'all {rows} rows of a step'})"]
+        ways += [f"data.sequence (now {length})"]
+        recomputed = "" if self.options.activation_checkpointing else ", or set loop.activation_checkpointing: true"
+        return f"lower {' or '.join(ways)}{recomputed}"
+
+    @property
+    def _save_every(self) -> int:
+        return self.options.checkpoint_every or min(1000, max(1, self.total // 10))
+
     def _apply(self, loss: Tensor) -> None:
         """Clip and update, unless the gradient is not finite."""
-        rates = optim.set_learning_rates(self.optimizer, schedule.factor(self.optim_options.schedule, self.at.step, self.total))
+        factor = schedule.factor(self.optim_options.schedule, self.at.step, self.total)
+        rates = optim.set_rates(self.optimizer, factor, decays=self.at.step < self.optim_options.decay_until * self.total)
         total_norm = optim.global_norm(self.parameters)
         norm = float(total_norm)
         if math.isfinite(norm):
@@ -396,7 +446,7 @@ class Trainer:
         window.metrics.update(getattr(self.train_step.student, "measures", dict)())
         values, losses = window.fetch(self.world)
         if self.world.device.type == "cpu":
-            release_memory()
+            release_memory(self.world.device)
         now = time.perf_counter()
         per_step = (now - self.began) / max(1, self.at.step - self.began_step)
         self.window = Window(started=now)
@@ -435,7 +485,7 @@ class Trainer:
         rows, options = self.validation_rows, self.options
         assert rows is not None
         began = time.perf_counter()
-        size = options.microbatch or max(1, min(options.validate_rows, self.loader.rows_per_step) // self.world.size)
+        size = self.microbatch or max(1, min(options.validate_rows, self.loader.rows_per_step) // self.world.size)
         try:
             values = validate(
                 self.train_step, rows, wanted=options.validate_rows, size=size, world=self.world, precision=options.precision
@@ -476,7 +526,8 @@ class Trainer:
             for name, tensor in objective.state().items()
         }
         try:
-            self.checkpoints.save(self.at.step, self._tensors(), objectives, state, final=final)
+            beside = self.beside_final if final else None
+            self.checkpoints.save(self.at.step, self._tensors(), objectives, state, final=final, beside=beside)
         except NoSpace as error:
             if final or required:
                 raise RunError(f"{error}.  Step {self.at.step} is not saved; the checkpoints before it are intact") from error

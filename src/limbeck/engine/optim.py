@@ -25,7 +25,7 @@ def group_label(options: GroupOptions, index: int) -> str:
 def build_optimizer(groups: Groups, options: OptimOptions) -> torch.optim.Optimizer:
     """One optimiser over ``groups``, of whatever kinds; vectors (norms, biases, decays) are not decayed unless a group says so.
 
-    Each torch group carries ``label`` (for logs) and ``peak_lr`` (what the schedule multiplies).  AdamW alone is torch's own, fused
+    Each torch group carries ``label`` (for logs), ``peak_lr`` (what the schedule multiplies) and ``full_decay``.  AdamW alone is torch's own, fused
     where torch can; several kinds are a :class:`Mixed`.  Vectors in a Muon group are a :class:`RunError`.
     """
     by_kind: dict[str, list[dict[str, Any]]] = {}
@@ -38,7 +38,7 @@ def build_optimizer(groups: Groups, options: OptimOptions) -> torch.optim.Optimi
         matrices = [p for _, p in parameters if p.ndim >= 2 or group.decay_vectors]
         for members, decay in ((matrices, group.weight_decay), (vectors, 0.0)):
             if members:
-                settings = {"lr": group.lr, "weight_decay": decay, "label": label, "peak_lr": group.lr}
+                settings = {"lr": group.lr, "weight_decay": decay, "label": label, "peak_lr": group.lr, "full_decay": decay}
                 by_kind.setdefault(group.kind, []).append({"params": members, **settings, **_settings(group)})
     if not by_kind:
         raise RunError("optim.groups claim no parameter: nothing would train")
@@ -94,11 +94,12 @@ def _halves(label: str, parameters: Sequence[tuple[str, nn.Parameter]]) -> dict[
     return dict(numbers.values())
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set every group to ``factor`` times its peak; returns the rates by label."""
+def set_rates(optimizer: torch.optim.Optimizer, factor: float, decays: bool = True) -> dict[str, float]:
+    """Set every group's learning rate to ``factor`` times its peak, and its decay to what it is, or 0; returns the rates by label."""
     rates = {}
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+        group["weight_decay"] = group["full_decay"] if decays else 0.0
         rates[group["label"]] = group["lr"]
     return rates
 

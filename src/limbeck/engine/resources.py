@@ -23,12 +23,15 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def release_memory() -> None:
-    """Give freed memory back to the system, where the C library can be asked to (glibc).
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back: a GPU's to its driver, a CPU's to the system, where the C library can be asked to (glibc).
 
     Blocks of ever-changing sizes (the number of valid tokens moves) fragment its heap: a run on a CPU otherwise grows by some
     megabytes a step.
     """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -153,6 +153,11 @@ class TrainStep(nn.Module):
             if mine is not None:
                 objective.settle(over_ranks(mine.cpu()))
 
+    def forget(self) -> None:
+        """Put away what objectives have counted in a step that is done again."""
+        for objective in self.objectives:
+            getattr(objective, "statistics", lambda: None)()
+
     @staticmethod
     def _only_watched(objective: Any) -> bool:
         """Whether a loss has weight 0 for good: it is measured in validations, and costs a training step nothing."""

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from limbeck.config.parts.stages import STAGES, DataOptions
 from limbeck.config.plugins import load_plugin
 from limbeck.config.recipe import CONDITION_STAGES, Recipe, references, stage_order
 from limbeck.data.prepare import input_files
+from limbeck.engine.checkpoint import FINAL, saved_steps
 from limbeck.engine.lock import RunLock
 from limbeck.engine.parallel import World, connect
 from limbeck.errors import LimbeckError, RecipeError, RunError, did_you_mean
@@ -38,7 +40,9 @@ from limbeck.stages.folder import StageFolder, changed_fields, digest, read_json
 
 HASHED_WHOLE = 64 * 2**20
 """Larger files of a model folder count by size and time."""
-COSMETIC = {"log_every", "checkpoint_every", "keep_last", "validate_every", "validate_rows", "deterministic"}
+COSMETIC = {
+    "log_every", "log_form", "checkpoint_every", "keep_last", "checkpoints", "validate_every", "validate_rows", "deterministic", "on_out_of_memory",
+}  # fmt: skip
 """Loop settings that do not change what a stage makes."""
 
 
@@ -51,17 +55,19 @@ def run_recipe(
     fresh: bool = False,
     say: Say = print,
     console: Console | None = None,
+    device: str | None = None,
 ) -> Path:
     """Do what is not done yet.  Returns the run directory.
 
     ``stage`` runs that stage alone (its inputs must be finished); ``fresh`` sets aside what is there and starts anew.
-    ``console`` shows training as it goes: a live line on a terminal, a plain line a logged step elsewhere.
+    ``console`` shows training as it goes: a live line on a terminal, a plain line a logged step elsewhere.  ``device`` is where to
+    compute, a GPU by default if there is one.
     """
     run_dir = (run_dir or Path("runs") / recipe.name).resolve()
     order = stage_order(recipe)
     if stage is not None and stage not in order:
         raise RunError(f"--stage {stage}: no such stage{did_you_mean(stage, order) or ';'} stages: {', '.join(order)}")
-    world = connect()
+    world = connect(device)
     voice = say if world.rank == 0 else _silent
     run_dir.mkdir(parents=True, exist_ok=True)
     with RunLock(run_dir if world.rank == 0 else None):
@@ -75,7 +81,7 @@ def run_recipe(
                         f"--stage {stage}: it needs stage '{needed}', which is not finished with this recipe: run without --stage, or --stage {needed} first"
                     )
         if world.rank == 0:
-            _set_aside(recipe, run_dir, chosen, keys, fresh, voice)
+            _set_aside(recipe, run_dir, recipe_dir, chosen, keys, fresh, voice)
             _record_start(recipe, run_dir, recipe_dir)
         world.barrier()
         # Read by every rank before any of them starts to change it.
@@ -108,7 +114,7 @@ def prepare_recipe(recipe: Recipe, *, recipe_dir: Path, run_dir: Path | None = N
             if options.kind == "prepare" or (options.kind in CONDITION_STAGES and isinstance(options.tokenizer, str)):
                 key = stage_key(recipe, name, recipe_dir)
                 if not StageFolder(run_dir / name).finished(key):
-                    _set_aside(recipe, run_dir, [name], {name: key}, False, say)
+                    _set_aside(recipe, run_dir, recipe_dir, [name], {name: key}, False, say)
                     _run_stage(name, key, run)
             elif isinstance(getattr(options, "data", None), DataOptions):
                 tokenizer = options.data.tokenizer
@@ -240,6 +246,8 @@ def stage_key(recipe: Recipe, name: str, recipe_dir: Path) -> str:
     files = {}
     for source in _sources(options):
         files[source] = _listing(Path(resolve_source(source, recipe_dir)))
+    # What is not there, or on the hub, is told by its name among the options.
+    files |= {place: found for place, folder in _adapter_folders(options, recipe_dir) if (found := _listing(folder))}
     for teacher in _teachers(getattr(options, "teacher", None)):
         # A store that is a cache grows by being used; one that is only read must stay what it was.
         if isinstance(signals := getattr(teacher, "signals", None), str) and teacher.teacher is None:
@@ -267,6 +275,17 @@ def _sources(options: Any) -> list[str]:
     return [source for source in named if isinstance(source, str)]
 
 
+def _adapter_folders(options: Any, recipe_dir: Path) -> Iterator[tuple[str, Path]]:
+    """Folders that only the stages of adapters read: bases (a built-in one is part of the version), PEFT folders, sentence encoders."""
+    base = getattr(options, "base", None)
+    surgeries = getattr(getattr(options, "student", None), "surgery", ())
+    named = [base, *(getattr(surgery, field, None) for surgery in surgeries for field in ("start", "encoder"))]
+    yield from ((place, Path(resolve_source(place, recipe_dir))) for place in named if isinstance(place, str) and not place.startswith("builtin:"))
+    for owner in (options, getattr(options, "teacher", None)):
+        pool = getattr(owner, "pool", None)
+        yield from ((place, recipe_dir / Path(place).expanduser()) for place in (pool.values() if isinstance(pool, dict) else ()))
+
+
 def _teachers(options: Any) -> Iterator[Any]:
     """A teacher's options and those of the teachers in it."""
     if options is not None:
@@ -288,7 +307,7 @@ def _listing(path: Path) -> dict[str, Any]:
     return found
 
 
-def _set_aside(recipe: Recipe, run_dir: Path, chosen: list[str], keys: dict[str, str], fresh: bool, say: Say) -> None:
+def _set_aside(recipe: Recipe, run_dir: Path, recipe_dir: Path, chosen: list[str], keys: dict[str, str], fresh: bool, say: Say) -> None:
     """Say which stages are stale and why, and rename what they left, before anything starts."""
     for name in chosen:
         folder = StageFolder(run_dir / name)
@@ -296,13 +315,27 @@ def _set_aside(recipe: Recipe, run_dir: Path, chosen: list[str], keys: dict[str,
         if record is None:
             continue
         if fresh:
-            say(f"{name}: --fresh; what was there is kept as {folder.set_aside().name}/")
+            say(f"{name}: --fresh; what was there is kept as {_aside(folder, recipe.stages[name], recipe_dir)}/")
         elif record["key"] != keys[name]:
             changes = changed_fields(record["options"], recipe.stages[name].model_dump(mode="json", by_alias=True))
             reason = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
             say(
-                f"{name}: stale ({reason or 'a stage or file it reads has changed'}); what was there is kept as {folder.set_aside().name}/"
+                f"{name}: stale ({reason or 'a stage or file it reads has changed'}); what was there is kept as "
+                f"{_aside(folder, recipe.stages[name], recipe_dir)}/"
             )
+
+
+def _aside(folder: StageFolder, options: Any, recipe_dir: Path) -> str:
+    """Rename a stage's folder, with its checkpoints in it wherever they lay; returns the new name."""
+    aside = folder.set_aside()
+    place = getattr(getattr(options, "loop", None), "checkpoints", None)
+    if place is not None:
+        there = recipe_dir / place
+        for checkpoint in [*saved_steps(there).values(), *([there / FINAL] if (there / FINAL).exists() else [])]:
+            # To another disk this copies: a stage that begins anew must not find another's steps.
+            (aside / "checkpoints").mkdir(exist_ok=True)
+            shutil.move(checkpoint, aside / "checkpoints" / checkpoint.name)
+    return aside.name
 
 
 def _record_start(recipe: Recipe, run_dir: Path, recipe_dir: Path) -> None:

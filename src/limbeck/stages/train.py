@@ -18,10 +18,12 @@ from limbeck.data.conditions.spread import SpreadRows
 from limbeck.data.conditions.store import ConditionSet
 from limbeck.data.dataset import TokenRows
 from limbeck.data.loader import Loader
+from limbeck.engine.checkpoint import FINAL
 from limbeck.engine.loop import Trainer, TrainResult
 from limbeck.engine.parallel import full_state_dict
 from limbeck.engine.step import StreamingTrainStep, TrainStep
 from limbeck.errors import RunError
+from limbeck.files import same_files
 from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import check_vocabulary, shared_ids
 from limbeck.needs import AttentionStream, merge_needs
@@ -91,8 +93,7 @@ class TrainStage:
         context.facts["result"] = {"loss": result.loss, "tokens": result.tokens, "steps": result.steps, **held_out}
         if result.exit_reason != "finished":
             raise KeyboardInterrupt(result.exit_reason)
-        state = full_state_dict(student.trained)
-        context.once(lambda: student.save(context.folder / "model", tokenizer_source=text.tokenizer, state_dict=state))
+        context.once(lambda: same_files(checkpoint_folder(context) / FINAL / "model", context.folder / "model"))
 
     def _text(self) -> TrainingText:
         context, options = self.context, self.options
@@ -144,6 +145,13 @@ class TrainStage:
             f"{sum(p.numel() for _, group in groups for _, p in group) / 1e6:.2f}M train; "
             f"{text.num_tokens / 1e6:.2f}M tokens, {rows_per_step} rows of {rows.sequence} a step"
         )
+
+        def save(folder: Path) -> None:
+            """The student's model folder in a checkpoint; every rank gathers, the first one writes."""
+            state = full_state_dict(student.trained)
+            if context.world.rank == 0:
+                student.save(folder / "model", tokenizer_source=text.tokenizer, state_dict=state)
+
         trainer = Trainer(
             step,
             loader,
@@ -157,6 +165,8 @@ class TrainStage:
             console=context.console,
             title=context.name,
             identity={"data": text.identity, "teacher": digest(teacher.fingerprint()) if teacher else "none"},
+            checkpoints=checkpoint_folder(context),
+            beside_final=save,
         )
         return trainer.run()
 
@@ -201,6 +211,12 @@ class TrainStage:
 def student_of(context: StageContext, options: StudentOptions, *, seed: int, dtype: torch.dtype) -> Student:
     """Build the student of a train stage, with its sources located in this run."""
     return build_student(options, context.locate, seed=seed, dtype=dtype)
+
+
+def checkpoint_folder(context: StageContext) -> Path:
+    """Where a train stage's checkpoints lie."""
+    place = getattr(context.options.loop, "checkpoints", None)
+    return context.folder / "checkpoints" if place is None else context.recipe_dir / place
 
 
 def trained_model(context: StageContext, stage: str) -> Path:

@@ -151,6 +151,9 @@ class OptimOptions(Options):
     """Learning rate over the run."""
     clip: float | None = Field(1.0, gt=0)
     """Global gradient norm; null for no clipping."""
+    decay_until: float = Field(1.0, gt=0, le=1)
+    """Share of the steps after which no weight decays any more.  0.5 is the second stage of BitNet b1.58: decay late in a training
+    flips the signs of small latent weights."""
 
 
 class StopUnless(Options):
@@ -187,14 +190,22 @@ class LoopOptions(Options):
     """Deterministic kernels; on by default on CPU."""
     log_every: int = Field(10, ge=1)
     """Steps between logged lines."""
+    log_form: Literal["full", "short"] = "full"
+    """What a logged step looks like on the console: `full` names every measure; `short` is
+    `[    10/    100] loss=2.34 lr=0.020 gnorm=1.2 tok/s=8500 elapsed=20s`, which `training.log` holds in either case."""
     validate_every: int | None = Field(None, ge=1)
     """Steps between validations on held-out rows; none by default."""
     validate_rows: int = Field(32, ge=1)
     """Held-out rows of a validation."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between checkpoints; by default ten a run and at least every 1000 steps."""
-    keep_last: int = Field(2, ge=1)
-    """Checkpoints kept (the final one is always kept)."""
+    keep_last: int = Field(2, ge=0)
+    """Checkpoints kept, 0 for all (the final one is always kept).  A run that cannot have one more beside them does not start."""
+    checkpoints: Place | None = None
+    """Folder of the checkpoints, `step_N/` and `final/`: on another disk, say.  By default `checkpoints/` in the stage's own."""
+    on_out_of_memory: Literal["stop", "halve"] = "stop"
+    """`stop`: the run ends and says which micro-batch fits; `halve`: it goes on with that one, which takes the same steps in more
+    passes.  On one rank; of several, each would have to know when another has failed."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A non-finite gradient stops the run, or skips the step (at most ten in a row)."""
     stop_unless: StopUnless | None = None
