@@ -25,7 +25,8 @@ def resolve_layer(model: PreTrainedModel, layer: int) -> int:
 def hidden_states(model: PreTrainedModel, ids_BT: Tensor, layers: Sequence[int], *, final_norm: bool = True) -> list[Tensor]:
     """States ``[B, T, D]`` after the named layers (from 0) of right-padded rows; a causal model needs no mask for these.
 
-    With ``final_norm`` the last layer's are taken after the final norm, as transformers' ``hidden_states[-1]`` is.
+    With ``final_norm`` the last layer's are taken after the final norm, as transformers' ``hidden_states[-1]`` is.  Of several
+    residual streams (hyper-connections) the mean is given.
     """
     wanted = [resolve_layer(model, layer) for layer in layers]
     last = len(layer_list(model)) - 1
@@ -40,7 +41,8 @@ def _kept(layers: nn.ModuleList, wanted: set[int]) -> Iterator[dict[int, Tensor]
 
     def keep(index: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            kept[index] = output[0] if isinstance(output, tuple) else output
+            states: Tensor = output[0] if isinstance(output, tuple) else output
+            kept[index] = states.mean(-2) if states.ndim == 4 else states
 
         return hook
 

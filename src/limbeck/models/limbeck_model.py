@@ -252,6 +252,9 @@ def wrap_student(base_model: PreTrainedModel, surgery: Sequence[Part], base_info
             built.apply(student)
             reports.extend(built.initialise(student, base_model))
     student.finish_surgery()
+    for built in surgeries_of(student.config):
+        # What a surgery can find out only by running what all of them made.
+        getattr(built, "check", lambda model: None)(student)
     student.surgery_reports = reports
     return student
 

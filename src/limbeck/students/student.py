@@ -182,6 +182,9 @@ def restore_attention(model: Any, layers: Sequence[int], *, stage: str) -> None:
         revision=record["base"]["fingerprint"].get("commit"),
     )
     options = [surgery.restore(model, base, layers) if hasattr(surgery, "restore") else surgery.options for surgery in surgeries]
+    for surgery in surgeries:
+        # Loading replays every surgery on a model with this attention: so it is done here, or another function would train than is saved.
+        getattr(surgery, "extend", lambda model: None)(model)
     model.config.limbeck = {**record, "surgery": [part.model_dump(mode="json", by_alias=True) for part in options]}
 
 

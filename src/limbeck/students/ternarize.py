@@ -19,17 +19,19 @@ from limbeck.config.parts.precision import PLANS, idle_rules, plan_for, precisio
 from limbeck.config.parts.surgeries import TernarizeOptions
 from limbeck.errors import ModelError
 from limbeck.models.experts import plain
-from limbeck.models.structure import layer_list
+from limbeck.models.structure import OUTPUTS, layer_list
 from limbeck.ops.ternary import Ternary
 from limbeck.students.hybridize import REST_ROLE
 from limbeck.students.mixers.base import Report
-from limbeck.students.ternary.modules import LEARNT, Quantised, Quantiser, make_ternary, start_scales
+from limbeck.students.ternary.modules import LEARNT, Quantised, Quantiser, SubNorm, TernaryLinear, make_ternary, start_scales
 from limbeck.students.ternary.watch import CodeWatch
 from limbeck.types import Metric
 
 TERNARY_ROLE, SCALES_ROLE = "ternary", "scales"
 FUSED = "gate_up_proj"
 """A projection whose rows are two matrices, gate and up."""
+NORMED = (*OUTPUTS, "down_proj")
+"""Projections in front of which `sub_norm` puts a norm: those that write to the residual stream."""
 DONE = "limbeck_ternarised"
 """Field of a config: the weights in the files are codes times scales."""
 _SHOWN = 4
@@ -55,18 +57,38 @@ class Ternarize:
 
     def apply(self, model: PreTrainedModel) -> None:
         """Let the plan's weights be computed with as ternary ones; learnt scales are not filled yet.  Works on meta."""
+        if _found(model):
+            raise ModelError("surgery.ternarize: the model is ternary already: give one plan with all its rules")
+        self._make_ternary(model)
+
+    def extend(self, model: PreTrainedModel) -> None:
+        """Make ternary what the plan names and was put into the student since: attention that a hybrid was given back."""
+        before = {path for path, _, _ in _found(model)}
+        self._make_ternary(model)
+        for path, module, name in _found(model):
+            if path not in before:
+                start_scales(module, name)
+
+    def _make_ternary(self, model: PreTrainedModel) -> None:
         o = self.options
         config: Any = model.config
         quantiser = Quantiser(o.scale, o.group, o.method, o.activations, done=bool(getattr(config, DONE, False)))
-        if _found(model):
-            raise ModelError("surgery.ternarize: the model is ternary already: give one plan with all its rules")
-        names = self._chosen(model)
+        chosen = self._chosen(model)
+        normed = {name for name in chosen if o.sub_norm and name.removesuffix(".weight").rpartition(".")[2] in NORMED}
+        if o.sub_norm and not normed:
+            raise ModelError(
+                f"surgery.ternarize: `sub_norm` would do nothing: the plan makes none of {', '.join(NORMED)} ternary, in front of which its norms "
+                "stand: leave it out, or let the plan name some of them"
+            )
+        done = {path for path, _, _ in _found(model)}
+        names = [name for name in chosen if name not in done]
         for name in names:
             self._check_width(name, model.get_parameter(name))
         mix = lambda_of(config, o)
         for name in names:
             path, _, attribute = name.rpartition(".")
-            make_ternary(model.get_submodule(path), attribute, quantiser, mix, parts=2 if FUSED in name.split(".")[-2:] else 1)
+            parts = 2 if FUSED in name.split(".")[-2:] else 1
+            make_ternary(model.get_submodule(path), attribute, quantiser, mix, parts, sub_norm=name in normed)
         for layer in layer_list(model):
             for unit in (layer, *layer.children()):
                 if any(isinstance(module, Quantised) for module in unit.modules()):
@@ -79,10 +101,13 @@ class Ternarize:
         """Set learnt scales to where the squared error is least."""
         for _, module, name in _found(model):
             start_scales(module, name)
-        return [Report(copied=[], fresh=[name for name, role in self.roles(model).items() if role == SCALES_ROLE])]
+        return [Report(copied=[], fresh=[*(name for name, role in self.roles(model).items() if role == SCALES_ROLE), *_norms(model)])]
 
     def roles(self, model: PreTrainedModel) -> dict[str, str]:
-        """``ternary`` for the weights behind the codes, ``scales`` for learnt scales, ``rest`` for all others."""
+        """``ternary`` for the weights behind the codes, ``scales`` for learnt scales, ``rest`` for all others.
+
+        The norms of ``sub_norm`` train with the norms that a model has already: ``rest``, or what the module around them is (``mixers``).
+        """
         ours = {path: TERNARY_ROLE for path, _, _ in _found(model)}
         ours.update({path + LEARNT: SCALES_ROLE for path in list(ours)})
         return {name: ours.get(name, REST_ROLE) for name, _ in model.named_parameters()}
@@ -110,7 +135,13 @@ class Ternarize:
         return {"ternary/lambda": (model.config.limbeck["lambda"], 1), **self._watch.measure()}
 
     def notes(self, model: PreTrainedModel) -> list[str]:
-        """What to know before training: one sentence about weights that no ternary file holds."""
+        """What to know before training: what ``sub_norm`` does to a pretrained model, and weights that no ternary file holds."""
+        norms = _norms(model)
+        if norms:
+            return [
+                f"`sub_norm` put {len(norms)} norms in front of ternary projections: from the first step on, also while lambda is 0, the student "
+                "computes something else than its base, and has to learn it again; no GGUF file can hold it"
+            ]
         homeless = [path for path, module, name in _found(model) if not types_for(getattr(module, name).shape[-1], self.options.group)]
         if not homeless:
             return []
@@ -125,7 +156,8 @@ class Ternarize:
     def _chosen(self, model: PreTrainedModel) -> list[str]:
         """Names of the weights that the plan makes ternary."""
         plan = self.options.plan
-        names = [name for name, _ in model.named_parameters()]
+        ours = {path + LEARNT for path, _, _ in _found(model)} | set(_norms(model))
+        names = [name for name, _ in model.named_parameters() if name not in ours]
         idle = idle_rules(plan, names)
         if idle:
             raise ModelError(f"surgery.ternarize: plan: '{idle[0]}' matches no parameter{_nearest(idle[0], names)}")
@@ -154,7 +186,9 @@ class Ternarize:
         module = model.get_submodule(path)
         if not any(module is inner for inner in layer_list(model).modules()):
             return "only weights of decoder layers can be"
-        if type(module) is nn.Linear:
+        if isinstance(module, Quantised) and attribute in module.parts:
+            return None
+        if type(module) is nn.Linear or isinstance(module, TernaryLinear):
             return None if attribute == "weight" else "a bias cannot be"
         if attribute in (FUSED, "down_proj") and getattr(module, attribute).ndim == 3 and hasattr(module, "has_gate"):
             return None if plain(module) else f"{type(module).__name__} has biases, no gate or transposed weights"
@@ -181,6 +215,11 @@ def _found(model: nn.Module) -> list[tuple[str, Quantised, str]]:
         if isinstance(module, Quantised)
         for name in module.parts
     ]
+
+
+def _norms(model: nn.Module) -> list[str]:
+    """Names of the weights of ``sub_norm``."""
+    return [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, SubNorm)]
 
 
 def _nearest(pattern: str, names: list[str]) -> str:

@@ -55,9 +55,27 @@ class TernarizeOptions(Part):
     ternary weights from the start."""
     export: Annotated[tuple[TargetType, ...], OneOrMany()] = ()
     """File types that the student must fit without loss: checked before training."""
+    sub_norm: bool = False
+    """An RMSNorm with a learnt weight in front of the ternary output projections of attention and down projections (SubLN of BitNet
+    b1.58 and BitDistill).  It changes what a pretrained model computes from the first step on, and no GGUF file can hold it."""
+
+    @property
+    def foreign(self) -> str | None:
+        """Why no other program computes such a student; None where some do."""
+        if not self.sub_norm:
+            return None
+        return (
+            "the student has `sub_norm`: a norm in front of its output and down projections, for which llama.cpp's and Qwen3.5's graphs have "
+            "no place, and which cannot be folded into the weights behind it (train without `sub_norm` for such a file)"
+        )
 
     @model_validator(mode="after")
     def _fits_together(self) -> TernarizeOptions:
+        if self.sub_norm and self.export:
+            raise ValueError(
+                f"no GGUF file can hold the norms of `sub_norm` (llama.cpp's graphs have no place for them), and `export` asks for "
+                f"{', '.join(self.export)}: leave out one of the two"
+            )
         if (self.scale == "group") != (self.group is not None):
             raise ValueError("`group` is the number of inputs to a scale of `scale: group`: give both or neither")
         for kind in self.export:
@@ -67,6 +85,39 @@ class TernarizeOptions(Part):
                     f"{kind} holds one scale for {BLOCKS[kind]} weights, and groups of {self.group} would be stored wrong: "
                     f"use {' or '.join(fits) or 'another group'}, or scale: row"
                 )
+        return self
+
+
+@SURGERIES.register("limbeck.students.hyper_connections:HyperConnections")
+class HyperConnectionsOptions(Part):
+    """Carry several residual streams, mixed by doubly stochastic matrices (mHC, arXiv 2512.24880; mHC-lite, arXiv 2601.05732).
+
+    The student starts as the model with one stream.  No GGUF or native export can hold it.
+    """
+
+    kind: Literal["hyper_connections"] = "hyper_connections"
+    streams: Literal[2, 4] = 4
+    """Residual streams: copies of the embedding at the start, averaged at the end."""
+    mixing: Literal["sinkhorn", "permutation"] = "sinkhorn"
+    """How the matrix that mixes the streams becomes doubly stochastic: rows and columns made to sum to 1 in turns (mHC), or a mixture
+    of all permutations (mHC-lite), exact without iterating."""
+    iterations: int = Field(20, ge=1)
+    """Turns of `mixing: sinkhorn`."""
+    dynamic: bool = True
+    """Let the mixing depend on the token, by a part that starts at 0; else each sublayer has its numbers for all tokens."""
+
+    @property
+    def foreign(self) -> str | None:
+        """Why no other program computes such a student."""
+        return (
+            f"the student has {self.streams} residual streams (`hyper_connections`), and llama.cpp's and Qwen3.5's graphs of these families "
+            "have one (train without that surgery for such a file)"
+        )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> HyperConnectionsOptions:
+        if self.mixing != "sinkhorn" and self.iterations != type(self).model_fields["iterations"].default:
+            raise ValueError(f"`iterations` are of `mixing: sinkhorn`, and this is {self.mixing}, which is exact at once: leave them out")
         return self
 
 

@@ -25,6 +25,8 @@ from limbeck.ops.ternary import (
 
 LEARNT = "_scale"
 """What the parameter of learnt scales is called after its weight."""
+SUB_NORM_EPS = 1e-8
+"""Of BitNet and BitDistill: what is normed may be small, and must come out at full size."""
 _ROUNDINGS = {"token": round_token, "q8_K": round_q8_K}
 
 if TYPE_CHECKING:
@@ -50,6 +52,24 @@ class Quantiser:
         return {"scale": self.scale, "group": self.group, "parts": parts}
 
 
+class SubNorm(nn.Module):
+    """The RMSNorm in front of a ternary projection (SubLN; BitNet b1.58, BitDistill: arXiv 2510.13998): ``w x / rms(x)``.
+
+    Experts of a layer share one.  Computed in at least fp32, also under autocast; the result has the dtype of ``x``.
+    """
+
+    def __init__(self, weight: Tensor):
+        """In front of ``weight`` ``[*, O, I]``; works on meta."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(weight.shape[-1], dtype=weight.dtype, device=weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[*, I]`` to the same."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + SUB_NORM_EPS)
+        return (self.weight * normed).to(x.dtype)
+
+
 class Quantised(_Module):
     """A module some of whose parameters are computed with as ternary ones.  ``mix`` is lambda: 0 is the base, 1 ternary."""
 
@@ -57,6 +77,9 @@ class Quantised(_Module):
     parts: dict[str, int]
     """Names of the ternary parameters, and the matrices stacked in the rows of each."""
     mix: float
+    normed: str | None = None
+    """Name of the parameter in front of which ``sub_norm`` stands."""
+    sub_norm: SubNorm
 
     def quantised(self, name: str) -> Tensor:
         """The parameter as the forward pass multiplies with it, with a straight-through gradient."""
@@ -67,7 +90,9 @@ class Quantised(_Module):
         return fake_quant(weight, method=q.method, learnt=self.learnt(name), mix=self.mix, **q.options(self.parts[name]))
 
     def rounded(self, name: str, x: Tensor) -> Tensor:
-        """What the parameter is multiplied with, rounded as the options say."""
+        """What the parameter is multiplied with: normed where a norm stands before it, and rounded as the options say."""
+        if name == self.normed:
+            x = self.sub_norm(x)
         rounding = _ROUNDINGS.get(self.quantiser.activations)
         return x if rounding is None or name not in self.parts or self.mix == 0.0 else rounding(x, self.mix)
 
@@ -104,10 +129,10 @@ def _experts_class(base: Any) -> Any:
     return type(f"Ternary{base.__name__}", (TernaryExperts, base), {"__module__": base.__module__, "__doc__": "Ternary experts."})
 
 
-def make_ternary(module: nn.Module, name: str, quantiser: Quantiser, mix: float, parts: int = 1) -> None:
+def make_ternary(module: nn.Module, name: str, quantiser: Quantiser, mix: float, parts: int = 1, *, sub_norm: bool = False) -> None:
     """Let ``module`` compute with its parameter ``name``, whose rows are ``parts`` matrices, as a ternary one.
 
-    Its tensors stay what they are; learnt scales are added beside them.  Works on meta.
+    Its tensors stay what they are; learnt scales, and with ``sub_norm`` the norm in front, are added beside them.  Works on meta.
     """
     made: Any = module
     if not isinstance(made, Quantised):
@@ -116,6 +141,8 @@ def make_ternary(module: nn.Module, name: str, quantiser: Quantiser, mix: float,
         made.quantiser, made.parts, made.mix = quantiser, {}, mix
     weight = getattr(made, name)
     made.parts = {**made.parts, name: parts}
+    if sub_norm:
+        made.normed, made.sub_norm = name, SubNorm(weight)
     if quantiser.method == "elastic":
         shape = scale_shape(tuple(weight.shape), **quantiser.options(parts))
         made.register_parameter(name + LEARNT, nn.Parameter(torch.ones(shape, dtype=weight.dtype, device=weight.device)))
