@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from adapter_cases import base_folder, generating, peft_folders, random_adapters, recipe_on, run, small_spec, write_recipe
+from adapter_cases import base_folder, generating, recipe_on, run, write_recipe
 from condition_cases import decoded
 from limbeck.adapters.delta_store import MeasuredDeltas, tensor_digest
+from limbeck.adapters.output import PredictedOutput
 from limbeck.adapters.peft_files import read_peft_file
 from limbeck.adapters.pool import read_pool
 from limbeck.cli.app import app
@@ -29,9 +29,8 @@ from limbeck.data.conditions.store import ConditionSet
 from limbeck.engine.loop import Trainer
 from limbeck.engine.metrics import read_metrics
 from limbeck.errors import AdapterError, DataError, RunError
-from limbeck.models.loading import fingerprint, load_model
-from limbeck.stages.adapting import open_generator
-from limbeck.stages.measure_deltas import MeasureDeltasStage
+from limbeck.models.loading import fingerprint, load_model, load_tokenizer
+from limbeck.stages.adapting import base_record, condition_of, open_generator, start_adapter
 from limbeck.stages.train_adapters import TrainAdaptersStage
 
 JUDGE: dict[str, Any] = {
@@ -143,6 +142,26 @@ def test_every_control_is_judged_beside_the_generator(finished: Finished) -> Non
     # A teacher that learnt nothing would make every share mean nothing.
     assert found["splits"]["seen"]["nll"]["teacher"] < found["splits"]["seen"]["nll"]["base"]
     assert len(found["composition"]["mixes"]) == 1
+
+
+def test_all_that_is_judged_stands_on_one_copy_of_the_base(finished: Finished) -> None:
+    context: Any = SimpleNamespace(recipe_dir=finished.home, name="test")
+    folders = {stage: finished.run / stage / "model" for stage in ("generate", "static")}
+    main = open_generator(context, folders["generate"], finished.conditions, dtype=torch.float32)
+    alone, beside = (open_generator(context, folders["static"], finished.conditions, dtype=torch.float32, beside=other) for other in (None, main))
+    assert beside.model is main.model and alone.model is not main.model
+    texts = finished.conditions.rows(finished.conditions.split("seen")).batch([0, 3]).condition_BSC
+    ids = torch.arange(24).reshape(2, 12)
+    assert texts is not None
+    with torch.no_grad():
+        states = []
+        for student in (alone, beside):
+            with student.injector.active(student.generate(texts)):
+                states.append(student.model(input_ids=ids).logits)
+    assert torch.equal(*states)
+    # Of another base it is opened on its own.
+    other = SimpleNamespace(model=main.model, base={"fingerprint": {"weights": "others"}})
+    assert open_generator(context, folders["static"], finished.conditions, dtype=torch.float32, beside=other).model is not main.model  # type: ignore[arg-type]
 
 
 # -- the pool --------------------------------------------------------------------------------------------------------------
@@ -294,124 +313,6 @@ def test_a_whole_model_and_its_base_are_measured_in_one_dtype(finished: Finished
     assert held and all(entry["norm"] == 0 for entry in held)
 
 
-# -- deltas ----------------------------------------------------------------------------------------------------------------
-
-
-class Folders:
-    """PEFT folders of a base, and stages that measure them."""
-
-    def __init__(self, home: Path, count: int = 5, **shape: Any):
-        self.home = home
-        self.base = base_folder(home / "base")
-        self.spec = small_spec(load_model(str(self.base)), **shape)
-        self.adapters = random_adapters(self.spec, count, dtype=torch.float32)
-        self.folders = peft_folders(home / "peft", self.base, self.adapters, [f"a{i}" for i in range(count)])
-
-    def stage(self, **changes: Any) -> dict[str, Any]:
-        probes = {"kind": "texts", "texts": ["def one(two):", "Three or four."]}
-        return {"kind": "measure_deltas", "pool": self.folders, "base": "base", "probes": probes, "together": 2, **changes}
-
-    def measure(self, to: str, **stages: Any) -> tuple[Path, list[str]]:
-        return run(self.home, {"name": "measured", "stages": stages}, to=to)
-
-
-def keys_of(out: Path, stage: str) -> dict[str, str]:
-    return {name: entry["key"] for name, entry in MeasuredDeltas(out / stage / "deltas").record["adapters"].items()}
-
-
-def bytes_of(out: Path, stage: str) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in (out / stage / "deltas").glob("*.npy")}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return Folders(tmp_path_factory.mktemp("folders"))
-
-
-def test_measuring_again_gives_the_same_bytes_whatever_was_kept(folders: Folders) -> None:
-    out, said = folders.measure("bytes", one=folders.stage())
-    assert any("5 adapters, 0 of them measured before" in line for line in said)
-    wanted, keys = bytes_of(out, "one"), keys_of(out, "one")
-    assert len(wanted) == 5 == len(set(keys.values()))
-
-    out, said = folders.measure("bytes", one=folders.stage(), again=folders.stage())
-    assert any("5 adapters, 5 of them measured before" in line for line in said)
-    assert bytes_of(out, "again") == wanted and keys_of(out, "again") == keys
-
-    for name in ("a0", "a3"):
-        (out / "delta_cache" / f"{keys[name]}.npy").unlink()
-    out, said = folders.measure("bytes", one=folders.stage(), again=folders.stage(), partly=folders.stage())
-    assert any("5 adapters, 3 of them measured before" in line for line in said)
-    assert bytes_of(out, "partly") == wanted
-
-    afresh, said = folders.measure("afresh", one=folders.stage())
-    assert any("0 of them measured before" in line for line in said) and bytes_of(afresh, "one") == wanted
-
-
-def test_whatever_a_delta_depends_on_is_measured_anew(folders: Folders) -> None:
-    base_folder(folders.home / "other", seed=4)
-    moved = replace(folders.adapters, A={name: A * (1 + 1e-6) for name, A in folders.adapters.A.items()})
-    others = peft_folders(folders.home / "moved", folders.base, moved, list(folders.folders))
-    texts = {"kind": "texts", "texts": ["def one(two):", "Three or four!"]}
-    stages = {
-        "text": folders.stage(probes=texts),
-        "layer": folders.stage(represent={"layers": [0]}),
-        "precision": folders.stage(precision="bfloat16"),
-        "adapter": folders.stage(pool=others),
-        "base": folders.stage(base="other"),
-    }
-    out, said = folders.measure("keys", plain=folders.stage(), **stages)
-    assert sum("5 adapters, 0 of them measured before" in line for line in said) == 6
-    found = {name: set(keys_of(out, name).values()) for name in ("plain", *stages)}
-    assert len(set.union(*found.values())) == 5 * len(found)
-
-
-def test_broken_adapters_are_refused_and_idle_ones_named(folders: Folders) -> None:
-    broken = shutil.copytree(folders.folders["a1"], folders.home / "broken")
-    path = broken / "adapter_model.safetensors"
-    held = load_file(path)
-    name = next(key for key in held if "lora_B" in key)
-    save_file({**held, name: torch.full_like(held[name], torch.nan)}, path, metadata={"format": "pt"})
-    with pytest.raises((RunError, AdapterError), match="broken") as refused:
-        folders.measure("broken-run", one=folders.stage(pool={**folders.folders, "wrong": str(broken)}))
-    assert "finite" in str(refused.value) and "a0" not in str(refused.value)
-
-    idle = replace(folders.adapters, B={name: torch.zeros_like(B) for name, B in folders.adapters.B.items()})
-    added = peft_folders(folders.home / "idle", folders.base, idle.pick([0]), ["idle"])
-    out, said = folders.measure("idle-run", one=folders.stage(pool={**folders.folders, **added}))
-    entries = MeasuredDeltas(out / "one/deltas").record["adapters"]
-    assert "does nothing" in entries["idle"]["note"] and "note" not in entries["a0"]
-    assert any("WARNING: idle: no larger than the noise" in line for line in said)
-
-
-def test_memory_stays_flat_over_two_hundred_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("needs /proc")
-    many = Folders(tmp_path, 200, targets="q_proj", rank=1)
-    seen: list[int] = []
-    progress = MeasureDeltasStage._progress
-
-    def watched(self: MeasureDeltasStage, *given: Any) -> None:
-        seen.append(next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon")))
-        progress(self, *given)
-
-    statistics: Callable[..., Any] = MeasureDeltasStage._statistics
-
-    def at_the_end(self: MeasureDeltasStage, found: Any) -> Any:
-        kept = statistics(self, found)
-        watched(self, 200, 200, 0.0)
-        return kept
-
-    monkeypatch.setattr(MeasureDeltasStage, "_progress", watched)
-    monkeypatch.setattr(MeasureDeltasStage, "_statistics", at_the_end)
-    # 16 probes x 64 tokens x 16 numbers: 200 such deltas held at once would be 13 MB in each copy.
-    out, _ = many.measure("many", one=many.stage(probes={"length": 64}, together=8))
-    assert len(seen) == 26 and max(seen[3:]) - seen[2] < 20 * 1024
-    size = next((out / "one/deltas").glob("*.npy")).stat().st_size * 200 // 1024
-    assert size > 8 * 1024 and seen[-1] - seen[-2] < size / 2, "every delta was read back into memory"
-
-
 # -- generators ------------------------------------------------------------------------------------------------------------
 
 
@@ -488,9 +389,96 @@ def test_recipes_that_cannot_work_are_refused_before_anything_runs(finished: Fin
     words = refused(finished, "check", finished.only("conditions", "pool", generate=delta))
     assert "objective 'delta' needs Deltas: teacher 'adapters' has no measured deltas: add a measure_deltas stage" in words
 
+    for changed, named in (({"rank": 3}, "rank 3, alpha 4"), ({"alpha": 8}, "rank 2, alpha 8"), ({"rslora": True}, "rank 2, alpha 4, rslora")):
+        for loss in ("mse", "canonical"):
+            factors = generating([{"kind": "weights", "loss": loss}], teacher={"kind": "adapters", "pool": {"from": "pool"}}, **changed)
+            words = refused(finished, "check", finished.only("conditions", "pool", generate=factors))
+            assert f"'{loss}' compares A and B, and the generator's ({named}) are not of the shape of its teachers' in stage 'pool' (rank 2, alpha 4)" in words
+    product = generating([{"kind": "weights"}], teacher={"kind": "adapters", "pool": {"from": "pool"}}, rank=3)
+    swept = {**factors, "grid": {"student.surgery.0.rslora": [False]}}
+    for stage in (product, swept):
+        done = CliRunner().invoke(app, ["check", str(write_recipe(finished.home, finished.only("conditions", "pool", generate=stage), "taken"))])
+        assert done.exit_code == 0, done.output
+
     judge = {**JUDGE, "from": "pool", "against": []}
     words = refused(finished, "check", finished.only("conditions", "pool", evaluate=judge))
     assert "stage 'pool' is of kind train_adapters: it makes no model" in words
+
+
+PREDICTOR: dict[str, Any] = {"base": "base", "surgery": [{"kind": "delta_predictor", "width": 16}], "train": ["generator"]}
+TEACHER: dict[str, Any] = {"kind": "adapters", "pool": {"from": "pool"}, "deltas": {"from": "deltas"}}
+
+
+def test_a_predictor_of_deltas_takes_no_loss_on_text(finished: Finished) -> None:
+    both = generating([{"kind": "delta"}, {"kind": "ce"}, {"kind": "tether"}], teacher=TEACHER, student=PREDICTOR)
+    further = generating([{"kind": "ce"}], student={"from": "generate"})
+    words = refused(finished, "check", finished.only("conditions", "pool", "deltas", generate=both, further=further))
+    for place, kind in (("generate.objectives.1", "ce"), ("generate.objectives.2", "tether"), ("further.objectives.0", "ce")):
+        assert f"stages.{place}: 'delta_predictor' makes no model that '{kind}' could run: its objective is `delta`" in words
+    # What a plug-in's objective may ask for is found out when it asks.
+    for name in ("hidden_BTD", "head"):
+        with pytest.raises(AdapterError, match=r"this student predicts deltas and runs no model.*its objective is `delta`"):
+            getattr(PredictedOutput(torch.zeros(1, 2)), name)
+
+
+def test_a_static_generator_of_another_base_is_no_start(finished: Finished) -> None:
+    base_folder(finished.home / "another", seed=5)
+    context: Any = SimpleNamespace(recipe_dir=finished.home, name="test", locate=str)
+    static = str(finished.run / "static/model")
+    with pytest.raises(RunError, match=r"surgery\.start was trained on .*base, whose files are not those of .*another"):
+        start_adapter(context, static, base_record(str(finished.home / "another"), str(finished.home / "another")))
+    assert start_adapter(context, static, base_record(str(finished.base), str(finished.base))).spec.rank == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate"], "generate: holds what reads conditions, not a model: --to peft --prompt TEXT writes the LoRA"),
+        (["generate", "--to", "gguf"], "holds what reads conditions, not a model"),
+        (["generate@2"], "generate@2: is a checkpoint of a LoRA generator, which is no model"),
+        (["generate@2", "--to", "gguf"], "is a checkpoint of a LoRA generator"),
+        (["generate@2", "--to", "peft", "--prompt", "a"], "generate@2: holds no trained LoRA generator.*a checkpoint is none"),
+        (["pool"], "pool: is a train_adapters stage, which makes no model: name a train stage"),
+        (["conditions", "--to", "gguf"], "conditions: is a prepare_conditions stage, which makes no model"),
+        (["pool@3"], "pool@3: 'pool' is a train_adapters stage, which makes no model"),
+        (["pool", "--to", "peft", "--prompt", "a"], "pool: holds no trained LoRA generator"),
+        (["generate/model", "--to", "peft", "--prompt", "a"], "name the generator's stage, RUN/STAGE"),
+        (["generate", "--to", "peft"], "a generator needs something to read: give it by --prompt TEXT"),
+        (["generate", "--to", "peft", "--prompt", ""], "prompt 1 has no token"),
+        (["generate", "--to", "peft", "--prompt", "a", "--output", "recipe.json/x"], "recipe.json is a file"),
+        (["generate", "--to", "peft", "--prompt", "a", "--output", "recipe.json"], "recipe.json: is a file"),
+    ],
+)
+def test_wrong_names_of_an_export_are_refused(words: list[str], message: str, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.run)
+    done = CliRunner().invoke(app, ["export", *words])
+    assert done.exit_code == 2 and re.search(message, " ".join(done.stderr.split())), done.output
+
+
+def test_an_exported_adapter_is_the_generated_one_in_peft(finished: Finished) -> None:
+    """By the command line from a prompt, and by a stage from a condition of the data."""
+    from peft import PeftModel
+
+    out = finished.home / "exported" / "red"
+    done = CliRunner().invoke(app, ["export", str(finished.run / "generate"), "--to", "peft", "--prompt", "what red thing", "--output", str(out)])
+    assert done.exit_code == 0, done.output
+    stages = ("conditions", "pool", "deltas", "generate")
+    to = finished.beside("exporting", *stages)
+    name = finished.conditions.conditions[finished.conditions.split("held_out_source")[0]].name
+    run(finished.home, finished.only(*stages, export={"kind": "export", "from": "generate", "to": "peft", "conditions": [name]}), to="exporting")
+    (written,) = (path for path in (to / "export/export/peft").iterdir() if path.is_dir())
+    context: Any = SimpleNamespace(recipe_dir=finished.home, name="test")
+    student = open_generator(context, finished.run / "generate/model", finished.conditions, dtype=torch.float32)
+    ids = torch.arange(24).reshape(2, 12)
+    texts = condition_of(["what red thing"], load_tokenizer(str(finished.run / "generate/model")), *student.text_shape)
+    own = torch.from_numpy(finished.conditions.texts.of(np.array([finished.conditions.split("held_out_source")[0]])))
+    with torch.no_grad():
+        bare = student.model(input_ids=ids).logits
+        for folder, read in ((out, texts), (written, own)):
+            with student.injector.active(student.generate(read)):
+                wanted = student.model(input_ids=ids).logits
+            found = PeftModel.from_pretrained(load_model(str(finished.base)), folder)(input_ids=ids).logits
+            assert (found - wanted).abs().max() <= 1e-5 < (wanted - bare).abs().max()
 
 
 def test_data_without_conditions_and_a_surgery_beside_the_generator_are_refused(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from adapter_cases import run, write_recipe
 from conversation_cases import CHATML, END, START, numbered_row, spoken, tokenizer_folder, write_runs
+from integration.serving import serving
 from limbeck.cli.app import app
 from limbeck.config.load import load_recipe
 from limbeck.config.parts.trajectories import PrepareTrajectoriesStageOptions, TrajectoryConditionOptions
@@ -29,7 +30,9 @@ from limbeck.models.loading import build_model, load_tokenizer, save_model
 from limbeck.report.card import model_card
 from limbeck.report.html import page
 from limbeck.report.run import read_run
+from limbeck.serve.teacher import TeacherService
 from limbeck.stages.run import stage_key
+from limbeck.teachers.scoring import Scorer
 from limbeck.types import IGNORE
 
 REPOS = ("octo/cat", "octo/dog", "acme/owl", "acme/elk")
@@ -422,6 +425,24 @@ def test_stored_signals_teach_as_the_teacher_itself_does(finished):
     for one, other in zip(stored, online, strict=True):
         assert one == pytest.approx(other, rel=1e-6)
     assert stored[3]["loss"] != pytest.approx(static[3]["loss"], rel=1e-6)
+
+
+def test_a_served_teacher_teaches_and_judges_as_the_stored_one_does(finished):
+    scorer = Scorer(str(finished.home / "teacher"))
+    scorer.load("cpu")
+    service = TeacherService(scorer, "teacher")
+    with serving(service.app, stopping=service.worker.close) as url:
+        http = {"kind": "http", "url": url}
+        judge = {**finished.stages["evaluate"], "from": "served", "against": [], "teacher": http, "turns": 0}
+        stages = {"windows": finished.stages["windows"], "served": learning(http), "evaluate": judge}
+        out, _ = run(finished.home, {"name": "agents", "stages": stages}, to="served")
+    assert service.worker.join(10)
+    found = [row["loss"] for row in read_metrics(out / "served/metrics.jsonl") if "loss" in row]
+    assert found == pytest.approx([row["loss"] for row in finished.losses("generate") if "loss" in row], rel=1e-4) and len(found) == 4
+    by_http, stored = (json.loads((where / "evaluate/evaluation/agent.json").read_text())["splits"] for where in (out, finished.run))
+    for split, table in by_http.items():
+        for column, own in (("base", "base"), ("served", "generate"), ("served, shuffled", "generate, shuffled")):
+            assert table["kl"][column] == pytest.approx(stored[split]["kl"][own], rel=1e-3), (split, column)
 
 
 def test_held_out_repositories_are_never_trained_on(finished):

@@ -14,6 +14,8 @@ import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from engine_parts import Rows, make_step
+from limbeck.adapters.delta_store import MeasuredDeltas
+from limbeck.adapters.pool import read_pool
 from limbeck.engine.metrics import loss_trace
 from limbeck.engine.parallel import World, parallelize
 from limbeck.engine.precision import sharded_policy
@@ -34,6 +36,15 @@ RECIPE = {
             "sequence": 48,
             "condition": {"texts": 2, "tokens": 12},
         },
+        "pool": {
+            "kind": "train_adapters",
+            "base": "builtin:code-2m",
+            "conditions": {"from": "conditions"},
+            "adapters": {"targets": "attention", "rank": 2, "alpha": 4},
+            "optim": {"groups": [{"lr": 1e-2}], "clip": None},
+            "loop": {"steps": 3, "rows": 1, "precision": "float32", "log_every": 1},
+        },
+        "deltas": {"kind": "measure_deltas", "pool": {"from": "pool"}, "probes": {"count": 2, "length": 8}, "together": 2},
         "generate": {
             "data": {"from": "conditions"},
             "student": {
@@ -41,12 +52,22 @@ RECIPE = {
                 "surgery": [{"kind": "lora_generator", "targets": "attention", "rank": 2, "alpha": 4, "width": 32}],
                 "train": ["generator"],
             },
-            "objectives": [{"kind": "ce"}, {"kind": "norm_penalty", "weight": 0.01}],
+            "teacher": {"kind": "adapters", "pool": {"from": "pool"}, "deltas": {"from": "deltas"}},
+            "objectives": [
+                {"kind": "ce"},
+                {"kind": "norm_penalty", "weight": 0.01},
+                {"kind": "weights", "loss": "product", "weight": 0.1},
+                {"kind": "delta", "microbatch": 1},
+                {"kind": "tether", "weight": 0.1, "microbatch": 1},
+            ],
             "optim": {"groups": [{"lr": 3e-3}]},
-            "loop": {"steps": 5, "batch_tokens": 192, "precision": "float32", "log_every": 1, "validate_every": 5, "validate_rows": 4},
+            "loop": {
+                "steps": 5, "batch_tokens": 192, "microbatch": 2, "precision": "float32", "log_every": 1, "validate_every": 5, "validate_rows": 3,
+            },
         },
+        "evaluate": {"kind": "evaluate_adapters", "from": "generate", "pool": {"from": "pool"}, "probes": None, "rows": 1, "draws": 1, "bootstrap": 100},
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         made[ranks] = folder / f"run{ranks}"
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "limbeck"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        # Three rows to validate on: the second rank has one fewer than the first.
         done = subprocess.run(
             [*start, "run", "two.yaml", "--run-dir", str(made[ranks])], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
         )
@@ -75,7 +97,8 @@ def test_two_ranks_validate_to_the_same_number_and_save_the_same_generator(runs:
     from safetensors.torch import load_file
 
     results = [json.loads((runs[ranks] / "generate" / "stage.json").read_text())["result"] for ranks in (1, 2)]
-    assert results[1]["held_out/ce"] == pytest.approx(results[0]["held_out/ce"], rel=1e-5)
+    for name in ("ce", "delta_cosine", "tether"):
+        assert results[1][f"held_out/{name}"] == pytest.approx(results[0][f"held_out/{name}"], rel=1e-4 if name == "tether" else 1e-5), name
     one, two = (load_file(runs[ranks] / "generate" / "model" / "generator.safetensors") for ranks in (1, 2))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -100,3 +123,15 @@ def _gathered_dtypes(rank: int, mesh: DeviceMesh) -> None:
 
 def test_a_unit_that_keeps_its_precision_is_gathered_in_it(tmp_path: Path) -> None:
     on_two_ranks(_gathered_dtypes, tmp_path)
+
+
+def test_two_ranks_train_and_measure_the_same_adapters_and_judge_alike(runs: dict[int, Path]) -> None:
+    one, two = (read_pool(runs[ranks] / "pool" / "adapters") for ranks in (1, 2))
+    assert [entry.name for entry in one.entries] == [entry.name for entry in two.entries] and len(one.entries) == 6
+    for a, b in zip(one.adapters().tensors(), two.adapters().tensors(), strict=True):
+        assert (a - b).norm() <= 1e-3 * a.norm() and a.norm() > 0
+    names = [entry.name for entry in one.entries]
+    measured = [MeasuredDeltas(runs[ranks] / "deltas" / "deltas").stacked(names) for ranks in (1, 2)]
+    assert (measured[0] - measured[1]).norm() <= 1e-3 * measured[0].norm()
+    tables = [json.loads((runs[ranks] / "evaluate" / "evaluation" / "adapters.json").read_text())["splits"]["seen"]["nll"] for ranks in (1, 2)]
+    assert tables[0].keys() == tables[1].keys() and tables[1] == pytest.approx(tables[0], rel=1e-4)

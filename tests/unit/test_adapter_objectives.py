@@ -161,7 +161,8 @@ def test_only_the_plain_mse_sees_the_teachers_gauge(world: World) -> None:
 
 def test_factors_of_another_rank_cannot_be_compared(world: World) -> None:
     found = random_adapters(AdapterSpec(world.spec.sites, 3, 1.5), 1)
-    with pytest.raises(AdapterError, match=r"rank 3.* and rank 2"):
+    message = r"'mse' compares A and B, and the generator's have rank 3 and scale 0\.5, its teachers' rank 2.*the same, or set `loss: product`"
+    with pytest.raises(AdapterError, match=message):
         world.loss("mse", found, [0])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from torch import Tensor
 from adapter_bases import all_double, qwen3_next
 from families import packed_batch, tiny_model
 from limbeck.adapters.spec import Adapters
+from limbeck.adapters.start import bound_of_A
 from limbeck.adapters.targets import resolve_spec
 from limbeck.config.parts.objectives import CrossEntropyOptions
 from limbeck.engine.recompute import outer_units, recompute
 from limbeck.errors import ModelError
 from limbeck.models.packed import forward_packed
 from limbeck.objectives.ce import CrossEntropy
+from limbeck.students.generator.heads import Static, key_of
 from limbeck.students.pool import AdapterPool
 from limbeck.types import Batch, Signal
 
@@ -190,3 +193,17 @@ def test_the_state_gives_the_adapters_back_and_the_base_stays_in_evaluation_mode
 def test_rows_without_an_adapter_are_refused() -> None:
     with pytest.raises(ModelError, match="rows of a pool name their adapter"):
         pool_of(2)(packed_batch([[5, 5]]))
+
+
+def test_pools_and_generators_begin_as_peft_does() -> None:
+    model = tiny_model("qwen3")
+    spec = resolve_spec(model, "all", rank=8, alpha=8)
+    pool = AdapterPool(model, spec, 3, init="independent", seed=0)
+    static = Static(spec)
+    theirs = dict(peft.get_peft_model(tiny_model("qwen3"), peft.LoraConfig(r=8, target_modules=spec.paths)).named_parameters())
+    for site in spec.sites:
+        bound = bound_of_A(site)
+        drawn = [theirs[f"base_model.model.{path}.lora_A.default.weight"] for path in site.paths()]
+        for A in (pool.A[key_of(site)], static.A[key_of(site)], torch.stack(drawn)):
+            assert 0.9 * bound < float(A.detach().abs().max()) <= bound * (1 + 1e-6)
+        assert not pool.B[key_of(site)].any() and not static.B[key_of(site)].any()

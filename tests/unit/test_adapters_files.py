@@ -271,6 +271,51 @@ def test_damaged_and_missing_files_are_named(ours: Path) -> None:
         read_peft_file(ours)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_alpha": "8"}, r"alphas are \['8'\], and must be numbers above 0"),
+        ({"lora_alpha": None}, r"alphas are \[None\]"),
+        ({"lora_alpha": 0}, r"alphas are \[0\]"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, r"alphas are \[5, nan\]"),
+        ({"r": None}, r"ranks are \[None\], and must be whole numbers above 0"),
+        ({"rank_pattern": {"q_proj": "two"}}, r"ranks are \[3, 'two'\]"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\], and must give a number for each name"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern has '\(', which is no regular expression"),
+        ({"target_modules": "(q_proj"}, r"target_modules has '\(q_proj', which is no regular expression"),
+        ({"target_modules": 7}, r"target_modules is 7, and must be a pattern or a list of names"),
+        ({"base_model_name_or_path": ["x"]}, r"base_model_name_or_path is \['x'\], and must be a name"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, r"target_parameters names mlp\.experts\.gate_up_proj: it changes bare parameters"),
+        ({"target_parameters": ["o_proj.weight"], "rank_pattern": {"o_proj": 3}}, "target_parameters stands beside patterns of rank or alpha"),
+    ],
+)
+def test_a_config_of_the_wrong_kind_is_refused_and_raises_nothing_else(fields: dict, message: str, ours: Path) -> None:
+    with pytest.raises(AdapterError, match=message):
+        read_peft_file(edited(ours, **fields))
+
+
+def test_numbers_that_were_rounded_to_whole_ones_are_refused(ours: Path) -> None:
+    path = ours / "adapter_model.safetensors"
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match=r"the factors of model\.layers\.0\.mlp\.down_proj are int8 and int8: quantised ones cannot be read"):
+        read_peft_file(ours)
+
+
+@pytest.mark.parametrize("story", ["{", "[1]"])
+def test_a_damaged_provenance_is_named(story: str, ours: Path) -> None:
+    path = ours / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"limbeck": story})
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: where it came from cannot be read"):
+        read_provenance(ours)
+
+
+def test_a_place_where_no_folder_can_be_made_is_named(ours: Path) -> None:
+    with pytest.raises(AdapterError, match=r"no folder can be made there.*name another place"):
+        write_peft(read_peft_file(ours), 0, ours / "adapter_config.json" / "below", base=None, provenance={})
+    with pytest.raises(AdapterError, match=r"adapter_config\.json is a file: name the folder of an adapter"):
+        read_peft_file(ours / "adapter_config.json")
+
+
 def test_every_linear_has_one_name_in_each_program() -> None:
     path = "model.layers.10.self_attn.k_proj"
     assert peft_key(path, "A") == f"base_model.model.{path}.lora_A.weight"

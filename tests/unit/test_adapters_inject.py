@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from adapter_bases import qwen3_next
@@ -130,6 +130,37 @@ def test_fp32_adapters_act_in_a_bf16_model_and_get_fp32_gradients() -> None:
         logits = model(input_ids=tokens(COUNT, LENGTH), use_cache=False).logits
     assert logits.dtype == torch.bfloat16
     assert {g.dtype for g in gradients(logits.float().square().mean(), adapters)} == {torch.float32}
+
+
+class WholeNumbers(nn.Linear):
+    """As bitsandbytes and others have it: a Linear that keeps 8-bit numbers and multiplies by what they stand for."""
+
+    def __init__(self, of: nn.Linear):
+        super().__init__(of.in_features, of.out_features, bias=of.bias is not None, device="meta")
+        self.scale = of.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((of.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = of.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * self.scale, self.bias)
+
+
+def test_adapters_act_in_a_quantised_base_as_in_the_weights_that_it_stands_for() -> None:
+    quantised, plain = model_of("qwen3"), model_of("qwen3")
+    spec = resolve_spec(plain, "all", rank=2, alpha=4)
+    for path in spec.paths:
+        module = WholeNumbers(quantised.get_submodule(path))
+        quantised.set_submodule(path, module)
+        plain.get_submodule(path).weight.data.copy_(module.weight * module.scale)
+    assert resolve_spec(quantised, "all", rank=2, alpha=4) == spec
+    before = {name: tensor.clone() for name, tensor in quantised.state_dict().items()}
+    adapters, found = random_adapters(spec), []
+    for model in (quantised, plain):
+        with Injector(model, spec).active(adapters):
+            logits = model(input_ids=tokens(COUNT, LENGTH), use_cache=False).logits
+        found.append([logits, *gradients(logits.square().mean(), adapters)])
+    assert furthest(*found) <= 1e-10 and min(float(g.detach().abs().max()) for g in found[0]) > 1e-6
+    assert all(torch.equal(tensor, before[name]) for name, tensor in quantised.state_dict().items())
 
 
 # -- activation checkpointing ----------------------------------------------------------------------------------------------

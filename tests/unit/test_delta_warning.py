@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine_parts import Rows, make_step, make_trainer
 from limbeck.config.parts.objectives import OBJECTIVES
 from limbeck.objectives.delta import WORSE
 
@@ -44,3 +46,17 @@ def test_other_courses_are_not_flagged(courses: list[tuple[float, float]]) -> No
 def test_without_text_to_watch_nothing_is_said() -> None:
     objective: Any = OBJECTIVES.build(OBJECTIVES.options("delta").model_validate({"kind": "delta"}))
     assert objective.warning([{"loss": 1.0, "delta_cosine": 0.1}, {"loss": 0.5, "delta_cosine": 0.9}]) is None
+
+
+def test_a_run_says_it_aloud_at_the_validation_that_shows_it_and_once(tmp_path: Path) -> None:
+    step = make_step()
+    delta: Any = OBJECTIVES.build(OBJECTIVES.options("delta").model_validate({"kind": "delta"}))
+    courses = [(2.0, 0.1), (2.5, 0.2), (2.6, 0.3)]
+    # What the validations find is made up; the objective's judgement of them is not.
+    step.objectives[0].warning = lambda history: delta.warning([{"ce": c, "delta_cosine": d} for c, d in courses[: len(history)]])
+    trainer = make_trainer(tmp_path, step, steps=6, validate_every=2, validate_rows=4, validation_rows=Rows(4))
+    said: list[str] = []
+    trainer.voice.say = said.append  # type: ignore[method-assign]
+    trainer.run()
+    found = [line for line in said if "WARNING" in line]
+    assert len(found) == 1 and found[0].startswith("WARNING: step 4: the delta cosine rises while held-out text gets worse")

@@ -410,7 +410,8 @@ def test_files_of_another_generator_are_refused(tmp_path: Path) -> None:
 
 def test_a_generator_works_where_rows_are_documents() -> None:
     """A family that cannot pack: every document of a row has the row's adapter."""
-    student = trained(student_of({"targets": "attention"}, model=qwen3_next(torch.float32)))
+    # In fp64: large weights make two thousandths of a rounding in fp32.
+    student = trained(student_of({"targets": "attention"}, model=qwen3_next()).double())
     batch = batch_of(3)
     adapters = student.generate(batch.condition_BSC).detach()
     with torch.no_grad():
@@ -419,7 +420,7 @@ def test_a_generator_works_where_rows_are_documents() -> None:
             for document in batch.documents_BT[row].unique()[1:]:
                 here = batch.documents_BT[row] == document
                 (alone,) = student.run_base(batch.input_ids_BT[row, here][None], [-1], True, adapters.pick([row]))
-                torch.testing.assert_close(found[row, here], alone[0], rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(found[row, here], alone[0], rtol=1e-6, atol=1e-6)
 
 
 def test_run_base_gives_states_of_the_layers_asked_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from typer.testing import CliRunner
 
 from adapter_bases import QWEN3_NEXT, qwen3_next
 from families import VOCABULARY, packed_batch, stir, tokens
 from limbeck.adapters.functional import FunctionalLoRA
 from limbeck.adapters.inject import Injector
-from limbeck.adapters.peft_files import check_peft_can_load, write_peft
+from limbeck.adapters.peft_experts import taken_for_experts
+from limbeck.adapters.peft_files import read_peft, write_peft
 from limbeck.adapters.spec import Adapters, AdapterSpec
 from limbeck.adapters.targets import resolve_spec, resolve_targets
+from limbeck.cli.app import app
 from limbeck.config.parts.surgeries import LoraGeneratorOptions, TernarizeOptions
 from limbeck.engine.recompute import recompute
 from limbeck.errors import AdapterError
@@ -277,25 +281,70 @@ def test_an_adapter_never_reaches_another_row() -> None:
 # -- files -----------------------------------------------------------------------------------------------------------------
 
 
-def test_peft_loads_adapters_of_attention_and_mistakes_those_of_shared_experts(tmp_path: Path) -> None:
-    """The refusal is for what peft does; when peft reads shared experts, it can go."""
-    ids = tokens(2, 9)
-    differences = {}
-    for name, targets in {"attention": [*DELTANET, *ATTENTION], "shared": SHARED}.items():
-        model = qwen3_next(torch.float32)
-        spec = resolve_spec(model, targets, rank=2, alpha=4)
-        adapters = random_adapters(spec, 1, dtype=torch.float32).detach()
-        write_peft(adapters, 0, tmp_path / name, base=None, provenance={})
-        with torch.no_grad():
-            with Injector(model, spec).active(adapters):
-                ours = model(input_ids=ids, use_cache=False).logits
-            loaded = peft.PeftModel.from_pretrained(qwen3_next(torch.float32), tmp_path / name)
-            differences[name] = float((loaded(input_ids=ids, use_cache=False).logits - ours).abs().max())
-    assert differences["attention"] <= 1e-5 and differences["shared"] > 1
-    model = qwen3_next(torch.float32)
-    check_peft_can_load(model, resolve_spec(model, [*DELTANET, *ATTENTION], rank=2, alpha=4))
-    with pytest.raises(AdapterError, match=r"changes model\.layers\.0\.mlp\.shared_expert\.gate_proj \(12 such\).*leave the MLP out of `targets`"):
-        check_peft_can_load(model, resolve_spec(model, "all", rank=2, alpha=4))
+DENSE_FIRST: dict[str, Any] = {
+    "model_type": "deepseek_v3", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_group": 1, "topk_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15,
+}  # fmt: skip
+"""A dense layer, and one of experts with a shared one."""
+
+
+def of_family(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    model = moe(config, dtype)
+    # The grouped product of experts has no fp64.
+    model.set_experts_implementation("eager")
+    return model
+
+
+def distance_in_peft(config: dict[str, Any], folder: Path, wanted: Tensor, dtype: torch.dtype) -> float:
+    """Of the logits of peft with a folder's adapter from those wanted."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(of_family(config, dtype), folder)
+        return float((loaded(input_ids=tokens(2, 9), use_cache=False).logits - wanted).abs().max())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("config", "targets", "mistaken"),
+    [
+        (QWEN3_NEXT, [*DELTANET, *ATTENTION], 0), (QWEN3_NEXT, SHARED, 12), (QWEN3_NEXT, "all", 12), (DENSE_FIRST, "all", 6),
+        ({**QWEN3_MOE, "mlp_only_layers": [0]}, "all", 3),
+    ],
+    ids=["attention", "shared", "all", "dense first layer", "dense layer"],
+)  # fmt: skip
+def test_peft_loads_an_adapter_beside_fused_experts(config: dict, targets: Any, mistaken: int, dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    model = of_family(config, dtype)
+    spec = resolve_spec(model, targets, rank=2, alpha=4)
+    # Smaller ones: a deep model of large weights makes much of rounding.
+    adapters = random_adapters(spec, 1, dtype=dtype).map(lambda t: t.detach() / 2)
+    by_weight = taken_for_experts(model, spec)
+    assert len(by_weight) == mistaken
+    write_peft(adapters, 0, tmp_path / "ours", base=None, provenance={}, dtype=dtype, as_parameters=by_weight)
+    with torch.no_grad(), Injector(model, spec).active(adapters):
+        wanted = model(input_ids=tokens(2, 9), use_cache=False).logits
+    assert (wanted - of_family(config, dtype)(input_ids=tokens(2, 9), use_cache=False).logits).abs().max() > 0.3
+    assert distance_in_peft(config, tmp_path / "ours", wanted, dtype) <= tolerance
+    back = read_peft(tmp_path / "ours", model)
+    assert back.spec == spec and all(torch.equal(back.B[name], B) for name, B in adapters.B.items())
+    # When peft reads the plain form of them, the other one can go.
+    write_peft(adapters, 0, tmp_path / "plain", base=None, provenance={}, dtype=dtype)
+    assert (distance_in_peft(config, tmp_path / "plain", wanted, dtype) > 0.1) == bool(mistaken)
+
+
+def test_a_merge_of_adapters_beside_fused_experts_is_loaded_too(tmp_path: Path) -> None:
+    model = of_family(QWEN3_NEXT, torch.float64)
+    spec = resolve_spec(model, "all", rank=2, alpha=4)
+    adapters = random_adapters(spec, 2, dtype=torch.float32).detach()
+    for n in range(2):
+        write_peft(adapters, n, tmp_path / str(n), base="b", provenance={}, as_parameters=taken_for_experts(model, spec))
+    done = CliRunner().invoke(app, ["adapters", "merge", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "both")])
+    assert done.exit_code == 0, done.output
+    merged = read_peft(tmp_path / "both", model).to(torch.float64)
+    with torch.no_grad(), Injector(model, merged.spec).active(merged):
+        wanted = model(input_ids=tokens(2, 9), use_cache=False).logits
+    assert distance_in_peft(QWEN3_NEXT, tmp_path / "both", wanted, torch.float64) <= 1e-10
 
 
 # -- the real sizes --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from limbeck.adapters.spec import Adapters
+from limbeck.errors import AdapterError
 from limbeck.types import Head
 
 RunBase = Callable[[Tensor, Sequence[int], bool, Adapters | None], list[Tensor]]
@@ -42,3 +43,13 @@ class PredictedOutput:
     """What a student that predicts deltas gives: one for each row, ``[B, F]``.  No model runs with it."""
 
     delta_BF: Tensor
+
+    @property
+    def hidden_BTD(self) -> Tensor:
+        """There are none: an objective that asks for them is refused."""
+        raise AdapterError("this student predicts deltas and runs no model, so there is no text to judge: its objective is `delta`")
+
+    @property
+    def head(self) -> Head:
+        """As there are no hidden states."""
+        raise AdapterError("this student predicts deltas and runs no model, so it has no output head: its objective is `delta`")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def write_peft(
     base: str | None,
     provenance: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
+    as_parameters: Collection[str] = (),
 ) -> None:
     """Write adapter ``index`` as a folder, complete or not at all; a folder with an adapter is replaced.
 
@@ -49,9 +50,10 @@ def write_peft(
         base: the model it is for, as peft should find it: a folder or a name on the hub.
         provenance: what it was made from, as JSON: condition, generator, teacher.
         dtype: of the stored factors.
+        as_parameters: paths of Linears that peft must be told of by their weight (:func:`~limbeck.adapters.peft_experts.taken_for_experts`).
 
     Raises:
-        AdapterError: numbers that are not finite, or a folder that holds other things.
+        AdapterError: numbers that are not finite, a folder that holds other things, or a place where none can be made.
     """
     folder = Path(folder)
     _refuse_strangers(folder)
@@ -59,31 +61,17 @@ def write_peft(
     story = json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False)
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise AdapterError(f"{folder}: no folder can be made there ({error.strerror}): name another place") from error
     try:
         save_file(tensors, beside / WEIGHTS, metadata={"format": "pt", "limbeck": story})
-        for name, value in ((CONFIG, config_fields(adapters.spec, base)), (PROVENANCE, json.loads(story))):
+        for name, value in ((CONFIG, config_fields(adapters.spec, base, as_parameters)), (PROVENANCE, json.loads(story))):
             (beside / name).write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         put_in_place(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def check_peft_can_load(model: nn.Module, spec: AdapterSpec) -> None:
-    """Refuse an adapter that peft would load as another one.
-
-    Of a model whose experts are fused into parameters, peft (0.21) takes every ``gate_proj``, ``up_proj`` and ``down_proj`` to mean
-    the routed experts, the shared expert's too, and warns of missing keys at most.
-
-    Raises:
-        AdapterError: the spec changes such a Linear of such a model.
-    """
-    taken = [path for path in spec.paths if path.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj")]
-    if taken and any(name.endswith(".experts.gate_up_proj") for name, _ in model.named_parameters()):
-        raise AdapterError(
-            f"peft cannot load this adapter: it changes {taken[0]} ({len(taken)} such), and in a model with fused experts peft takes that name to "
-            "mean the routed experts; leave the MLP out of `targets` (`attention` loads exactly), or keep this adapter within Limbeck"
-        )
 
 
 def read_peft(folder: Path, model: nn.Module) -> Adapters:
@@ -115,11 +103,22 @@ def read_base(folder: Path) -> str | None:
     return read_config(Path(folder)).base
 
 
+def read_as_parameters(folder: Path) -> tuple[str, ...]:
+    """Paths of Linears that a folder's config names by their weight."""
+    return read_config(Path(folder)).as_parameters
+
+
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What :func:`write_peft` was told about the adapter; empty for adapters of other origin."""
     with _opened(Path(folder)) as file:
-        story = (file.metadata() or {}).get("limbeck", "{}")
-    return json.loads(story)
+        text = (file.metadata() or {}).get("limbeck", "{}")
+    try:
+        story = json.loads(text)
+    except ValueError:
+        story = None
+    if not isinstance(story, dict):
+        raise AdapterError(f"{Path(folder) / WEIGHTS}: where it came from cannot be read ({text[:60]!r} in its metadata): put an intact copy back")
+    return story
 
 
 def _tensors(adapters: Adapters, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -178,6 +177,9 @@ def _check_pair(path: str, pair: Mapping[str, Tensor], rank: int, folder: Path) 
     if missing:
         raise AdapterError(f"{folder / WEIGHTS}: {peft_key(path, missing.pop())} is not there, and its other factor is")
     A, B = pair["A"], pair["B"]
+    if not (A.is_floating_point() and B.is_floating_point()):
+        kinds = " and ".join(str(t.dtype).removeprefix("torch.") for t in (A, B))
+        raise AdapterError(f"{folder / WEIGHTS}: the factors of {path} are {kinds}: quantised ones cannot be read, save them as floating-point numbers")
     if A.ndim != 2 or B.ndim != 2:
         raise AdapterError(f"{folder / WEIGHTS}: the factors of {path} are {list(A.shape)} and {list(B.shape)}: a LoRA on a convolution, not on a Linear")
     if (A.shape[0], B.shape[1]) != (rank, rank):
@@ -212,7 +214,7 @@ def _stack(config: PeftConfig, factors: Factors, model: nn.Module) -> Adapters:
         spec = AdapterSpec(sites, rank, alpha=rank)
     A: dict[str, Tensor] = {}
     B: dict[str, Tensor] = {}
-    wide = torch.promote_types(next(iter(factors.values()))[0].dtype, torch.float32)
+    wide = torch.float64 if any(t.dtype == torch.float64 for pair in factors.values() for t in pair) else torch.float32
     for site in sites:
         A[site.name] = torch.zeros(1, len(site.layers), rank, site.in_features, dtype=wide)
         B[site.name] = torch.zeros(1, len(site.layers), site.out_features, rank, dtype=wide)

@@ -87,7 +87,9 @@ def read_pool(folder: Path) -> Pool:
 
 
 def pool_of_folders(folders: Mapping[str, Path], base: Mapping[str, Any]) -> Pool:
-    """PEFT folders from elsewhere as a pool, by the name of their condition."""
+    """PEFT folders from elsewhere as a pool, by the name of their condition; at least one."""
+    if not folders:
+        raise AdapterError("pool: it names no adapter: give PEFT folders by name, or `{from: STAGE}` of a train_adapters stage")
     root = Path(os.path.commonpath([str(path.resolve().parent) for path in folders.values()]))
     entries = tuple(Entry(name, name, os.path.relpath(path.resolve(), root)) for name, path in folders.items())
     return Pool(root, entries, base)

@@ -159,6 +159,14 @@ def check_same_spec(specs: Sequence[AdapterSpec], *, sites_only: bool = False) -
         here, there = {s.name: s for s in first.sites}, {s.name: s for s in other.sites}
         for name in {**here, **there}:
             if here.get(name) != there.get(name):
-                raise AdapterError(f"adapters differ in {name}: {here.get(name, 'not changed')} and {there.get(name, 'not changed')}")
+                raise AdapterError(
+                    f"adapters differ in {name}: {_described(here.get(name))} in one and {_described(there.get(name))} in the other: give them the same targets"
+                )
         if not sites_only and (first.rank, first.scale) != (other.rank, other.scale):
             raise AdapterError(f"adapters differ: rank {first.rank}, scale {first.scale:g} and rank {other.rank}, scale {other.scale:g}")
+
+
+def _described(site: Site | None) -> str:
+    if site is None:
+        return "not changed"
+    return f"{site.in_features} -> {site.out_features} in {site.prefix} {', '.join(map(str, site.layers))}"

@@ -57,7 +57,7 @@ def merge(
     """
     from limbeck.adapters.gauge import align
     from limbeck.adapters.merge import merge as merge_adapters
-    from limbeck.adapters.peft_files import read_peft_file, write_peft
+    from limbeck.adapters.peft_files import read_as_parameters, read_peft_file, write_peft
     from limbeck.cli.console import say
 
     base = base or _shared_base(folders)
@@ -67,7 +67,8 @@ def merge(
     story = {"merged": [str(folder) for folder in folders], "method": method, "weights": numbers or "default", "rank": merged.adapters.spec.rank}
     if method in ("ties", "dare_linear", "dare_ties"):
         story |= {"density": density} if method == "ties" else {"density": density, "seed": seed}
-    write_peft(merged.adapters, 0, out, base=base, provenance=story)
+    as_parameters = {path for folder in folders for path in read_as_parameters(folder)}
+    write_peft(merged.adapters, 0, out, base=base, provenance=story, as_parameters=as_parameters)
     say(f"merged {len(folders)} adapters ({method}) at rank {merged.adapters.spec.rank}: {out}")
     for name, kept in merged.energy.items():
         say(f"  {name}: {float(kept.min()):.2%} of the squared norm kept in the layer that lost most, {float(kept.mean()):.2%} on average")

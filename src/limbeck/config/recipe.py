@@ -9,6 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from limbeck.config.base import From, Options, PartOf
+from limbeck.config.gguf import gguf_problems
+from limbeck.config.matching import matching_problems
 from limbeck.config.native import native_problems
 from limbeck.config.parts.stages import STAGES
 from limbeck.config.ranking import ranking_problems
@@ -87,7 +89,19 @@ def stage_problems(recipe: Recipe) -> list[Problem]:
                 message = f"stage {target!r} has a grid, so it is several results, not one: name a stage without a grid"
                 problems.append(Problem("", f"stages.{name}.{path}", message))
         problems += signal_problems(recipe, name)
-    return problems + native_problems(recipe) + ranking_problems(recipe)
+    return problems + checkpoint_problems(recipe) + native_problems(recipe) + gguf_problems(recipe) + ranking_problems(recipe) + matching_problems(recipe)
+
+
+def checkpoint_problems(recipe: Recipe) -> list[Problem]:
+    """Stages that would find each other's checkpoints."""
+    first: dict[str, str] = {}
+    problems = []
+    for name, stage in recipe.stages.items():
+        place = getattr(getattr(stage, "loop", None), "checkpoints", None)
+        if place is not None and (other := first.setdefault(place, name)) != name:
+            message = f"stage {other!r} keeps its checkpoints in {place!r} too: give each stage a folder of its own"
+            problems.append(Problem("", f"stages.{name}.loop.checkpoints", message))
+    return problems
 
 
 def signal_problems(recipe: Recipe, name: str) -> list[Problem]:

@@ -29,6 +29,15 @@ class ProbedObjective(AdapterObjective):
         super().__init__(options)
         self.microbatch, self.low = options.microbatch, options.precision == "bfloat16"
 
+    @property
+    def together(self) -> int | None:
+        """Adapters that run at one time, all for None.
+
+        Only graphs are large.  Without them there is one pass: in a validation ranks may hold different numbers of rows, and every pass
+        through a sharded base is one that all ranks have to make.
+        """
+        return self.microbatch if torch.is_grad_enabled() else None
+
     def compute(self, device: torch.device) -> AbstractContextManager:
         """fp32 (or the weights' dtype) even where the step runs in bfloat16, unless the options allow that."""
         return nullcontext() if self.low else torch.autocast(device.type, enabled=False)
@@ -91,7 +100,7 @@ class Delta(ProbedObjective):
                 # The base is frozen: once, in the dtype that the adapted passes have, since the difference is small.
                 with torch.no_grad():
                     self._base_1F = read(None)
-            return read(adapted.adapters, together=self.microbatch) - self._base_1F
+            return read(adapted.adapters, together=self.together) - self._base_1F
 
 
 def bounded_cosine(found_NF: Tensor, target_NF: Tensor) -> Tensor:

@@ -39,10 +39,10 @@ class Tether(ProbedObjective):
             if not len(rows):
                 # Padding alone still runs the base, as other ranks do, and weighs nothing.
                 return LossTerm(0 * self._lot(adapted, probes, counts.new_zeros(1, dtype=torch.int64)), {"tether": (0.0, counts.sum())})
-            size = self.microbatch or len(rows)
+            size = self.together or len(rows)
             total = self._base_KTD.new_zeros(())
             for lot in rows.split(size):
-                if torch.is_grad_enabled() and len(rows) > size:
+                if len(rows) > size:
                     total = total + checkpoint(self._lot, adapted, probes, lot, use_reentrant=False)
                 else:
                     total = total + self._lot(adapted, probes, lot)

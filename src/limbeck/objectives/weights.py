@@ -7,8 +7,9 @@ from torch import Tensor
 
 from limbeck.adapters.gauge import canonical, norms
 from limbeck.adapters.output import AdaptedOutput
-from limbeck.adapters.spec import Adapters, check_same_spec
+from limbeck.adapters.spec import Adapters, AdapterSpec, check_same_spec
 from limbeck.config.parts.objectives import WeightsOptions
+from limbeck.errors import AdapterError
 from limbeck.needs import AdapterFactors, InputMoments
 from limbeck.objectives.adapted import AdapterObjective, rows_that_count
 from limbeck.ops.low_rank import squared_distance
@@ -30,7 +31,7 @@ class Weights(AdapterObjective):
         teacher: Adapters = signal[AdapterFactors]
         with torch.autocast(batch.input_ids_BT.device.type, enabled=False):
             if self.loss in ("mse", "canonical"):
-                check_same_spec([found.spec, teacher.spec])
+                self._check_factors(found.spec, teacher.spec)
                 wanted = canonical(teacher) if self.loss == "canonical" else teacher
                 names = [site.name for site in found.spec.sites]
                 pairs = [pair for name in names for pair in ((found.A[name], wanted.A[name]), (found.B[name], wanted.B[name]))]
@@ -42,6 +43,15 @@ class Weights(AdapterObjective):
             ratio = norms(found.detach()) / norms(teacher).clamp_min(tiny)
         zero = torch.zeros_like(term)
         return LossTerm(torch.where(counts, term, zero).sum(), {"lora_ratio": (torch.where(counts, ratio, zero).sum(), counts.sum())})
+
+    def _check_factors(self, found: AdapterSpec, teacher: AdapterSpec) -> None:
+        """Factors can be compared number by number if all of them have one shape and one scale."""
+        check_same_spec([found, teacher], sites_only=True)
+        if (found.rank, found.scale) != (teacher.rank, teacher.scale):
+            raise AdapterError(
+                f"objective 'weights' with loss '{self.loss}' compares A and B, and the generator's have rank {found.rank} and scale {found.scale:g}, its "
+                f"teachers' rank {teacher.rank} and scale {teacher.scale:g}: give the generator the same, or set `loss: product`"
+            )
 
 
 def relative_distance(found: Adapters, teacher: Adapters, moments: dict[str, Tensor] | None = None) -> Tensor:

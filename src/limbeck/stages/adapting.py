@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from limbeck.adapters.delta_store import MeasuredDeltas
-from limbeck.adapters.peft_files import read_peft_file
+from limbeck.adapters.peft_files import read_base, read_peft_file, read_provenance
 from limbeck.adapters.pool import Pool, pool_of_folders, read_pool
 from limbeck.adapters.spec import Adapters
 from limbeck.config.base import From
@@ -103,7 +104,7 @@ def build_reader(
         "encoder": None if surgery.encoder is None else resolve_source(surgery.encoder, context.recipe_dir),
     }
     model = load_base(source, dtype=base_dtype(surgery, dtype), revision=options.revision, conditions=conditions)
-    start = start_adapter(context, surgery.start) if isinstance(surgery, LoraGeneratorOptions) and surgery.start is not None else None
+    start = start_adapter(context, surgery.start, facts["base"]) if isinstance(surgery, LoraGeneratorOptions) and surgery.start is not None else None
     known = None
     if isinstance(surgery, DeltaPredictorOptions):
         if deltas is None:
@@ -124,14 +125,21 @@ def build_reader(
     return student
 
 
-def start_adapter(context: StageContext, start: str | From) -> Adapters:
-    """The LoRA that a generator begins as: a PEFT folder, or what a static generator has learnt."""
+def start_adapter(context: StageContext, start: str | From, base: Mapping[str, Any]) -> Adapters:
+    """The LoRA that a generator on ``base`` begins as: a PEFT folder, or what a static generator has learnt."""
     folder = Path(context.locate(start))
     if not is_generator(folder):
-        return read_peft_file(folder)
+        adapter = read_peft_file(folder)
+        check_made_for(folder, base)
+        return adapter
     record = read_record(folder)
     if record["options"]["condition"] != "none":
         raise RunError(f"stage '{context.name}': surgery.start names a generator that reads conditions: name one with `condition: none`, or a PEFT folder")
+    if record["base"]["fingerprint"] != base["fingerprint"]:
+        raise RunError(
+            f"stage '{context.name}': surgery.start was trained on {record['base']['source']}, whose files are not those of {base['source']}: adapters fit "
+            "the weights that they were made for"
+        )
     return static_adapter(open_generator(context, folder, None, dtype=torch.float32))
 
 
@@ -141,8 +149,13 @@ def static_adapter(student: GeneratorStudent) -> Adapters:
         return student.generate(torch.full((1, 1, 1), -1)).detach()
 
 
-def open_reader(context: StageContext, folder: Path, conditions: ConditionSet | None, *, dtype: torch.dtype) -> ConditionedStudent:
-    """A saved generator or predictor on its base, which is checked to be the one that it was trained with."""
+def open_reader(
+    context: StageContext, folder: Path, conditions: ConditionSet | None, *, dtype: torch.dtype, beside: ConditionedStudent | None = None
+) -> ConditionedStudent:
+    """A saved generator or predictor on its base, which is checked to be the one that it was trained with.
+
+    It shares the base of ``beside`` where that is the same in the same dtype: a base may be as large as a device.
+    """
     record = read_record(folder)
     options = SURGERIES.options(record["options"]["kind"]).model_validate({**record["options"], **({"start": None} if "start" in record["options"] else {})})
     source = checked_source(record["base"], folder)
@@ -154,16 +167,22 @@ def open_reader(context: StageContext, folder: Path, conditions: ConditionSet | 
         "encoder": None if options.encoder is None else resolve_source(options.encoder, context.recipe_dir),  # type: ignore[attr-defined]
         **({"size": record["size"]} if "size" in record else {}),
     }
-    model = load_base(source, dtype=base_dtype(options, dtype), revision=record["base"]["fingerprint"].get("commit"), conditions=conditions)
+    stored = base_dtype(options, dtype)
+    if beside is not None and beside.base["fingerprint"] == record["base"]["fingerprint"] and beside.model.dtype == stored:
+        model = beside.model
+    else:
+        model = load_base(source, dtype=stored, revision=record["base"]["fingerprint"].get("commit"), conditions=conditions)
     with torch.random.fork_rng():
         student: ConditionedStudent = SURGERIES.implementation(record["options"]["kind"])(model, options, **facts)
     read_weights(folder, student.trained)
     return student
 
 
-def open_generator(context: StageContext, folder: Path, conditions: ConditionSet | None, *, dtype: torch.dtype) -> GeneratorStudent:
+def open_generator(
+    context: StageContext, folder: Path, conditions: ConditionSet | None, *, dtype: torch.dtype, beside: ConditionedStudent | None = None
+) -> GeneratorStudent:
     """:func:`open_reader` of what must be a generator."""
-    student = open_reader(context, folder, conditions, dtype=dtype)
+    student = open_reader(context, folder, conditions, dtype=dtype, beside=beside)
     if not isinstance(student, GeneratorStudent):
         raise RunError(f"stage '{context.name}': {folder} holds a predictor of deltas, which generates no LoRA: name a generator")
     return student
@@ -204,7 +223,21 @@ def open_pool(context: StageContext, pool: From | dict[str, str], base: dict[str
     missing = [str(path) for path in folders.values() if not path.is_dir()]
     if missing:
         raise RunError(f"stage '{context.name}': pool: {missing[0]}: no such folder (looked from {context.recipe_dir})")
+    for folder in folders.values() if base else ():
+        check_made_for(folder, base or {})
     return pool_of_folders(folders, base or {})
+
+
+def check_made_for(folder: Path, base: Mapping[str, Any]) -> None:
+    """Refuse a PEFT folder that says that it was trained on other weights; one from elsewhere says nothing of them."""
+    told = read_provenance(folder).get("base")
+    told = told if isinstance(told, dict) else {}
+    changed = [field for field in told if field in base["fingerprint"] and told[field] != base["fingerprint"][field]]
+    if changed:
+        raise RunError(
+            f"{folder}: was trained on {read_base(folder)}, whose files ({', '.join(changed)}) are not those of the base {base['source']} here: adapters "
+            "fit the weights that they were made for"
+        )
 
 
 def entries_of(pool: Pool, conditions: ConditionSet) -> dict[int, list[int]]:
@@ -235,10 +268,17 @@ def build_adapters_teacher(
                 f"stage '{context.name}': teacher.{what} was made with the base {base['source']}, whose files are not those of the student's base "
                 f"{student.base_source}: adapters fit the weights that they were made for"
             )
+    entries, seen = entries_of(pool, conditions), conditions.split("seen")
+    lacking = [conditions.conditions[i].name for i in seen if i not in entries]
+    if lacking:
+        raise RunError(
+            f"stage '{context.name}': {pool.folder}: there is no adapter of {lacking[0]} ({len(lacking)} of {len(seen)} seen conditions have none): train "
+            "their teachers, or leave those conditions out"
+        )
     return AdaptersTeacher(
         options,
         pool,
-        entries_of(pool, conditions),
+        entries,
         needs=needs,
         base_source=resolve_source(student.base_source),
         base_revision=student.base_revision,

@@ -57,16 +57,14 @@ class EvaluateAdaptersStage:
     @torch.no_grad()
     def _run(self) -> None:
         context, options = self.context, self.options
-        stages = [options.from_, *options.against]
         stage = conditions_stage(context, getattr(context.stage_options(options.from_), "data", None))
         if stage is None:
             raise RunError(
                 f"stage '{context.name}': '{options.from_}' was not trained on the data of a prepare_conditions stage: it makes no adapters"
             )
         self.conditions: ConditionSet = open_conditions(context, stage)
-        self.generators = {name: self._open(name) for name in stages}
-        main = self.generators[options.from_]
-        self.student = main
+        self.student = main = self._open(options.from_)
+        self.generators = {options.from_: main, **{name: self._open(name, main) for name in options.against}}
         self.pool = open_pool(context, options.pool)
         if self.pool.base["fingerprint"] != main.base["fingerprint"]:
             raise RunError(f"stage '{context.name}': pool {options.pool.from_!r} and generator {options.from_!r} are of different bases")
@@ -87,11 +85,11 @@ class EvaluateAdaptersStage:
             f"{split}/{key}": found[key][options.from_] for split, found in table["splits"].items() for key in ("nll", "share")
         }
 
-    def _open(self, stage: str) -> GeneratorStudent:
+    def _open(self, stage: str, beside: GeneratorStudent | None = None) -> GeneratorStudent:
         folder = trained_model(self.context, stage)
         if not is_generator(folder):
             raise RunError(f"stage '{self.context.name}': '{stage}' trained no LoRA generator: name one, or a static one for the multi-task control")
-        return open_generator(self.context, Path(folder), self.conditions, dtype=torch.float32).to(self.context.world.device)
+        return open_generator(self.context, Path(folder), self.conditions, dtype=torch.float32, beside=beside).to(self.context.world.device)
 
     # -- columns -----------------------------------------------------------------------------------------------------------
 
@@ -143,7 +141,7 @@ class EvaluateAdaptersStage:
         """The seen adapters whose measured deltas are nearest to the predicted one, never the condition's own: the nearest, and merges."""
         options = self.options
         folder = trained_model(self.context, stage)
-        predictor = open_reader(self.context, Path(folder), self.conditions, dtype=torch.float32).to(self.context.world.device)
+        predictor = open_reader(self.context, Path(folder), self.conditions, dtype=torch.float32, beside=self.student).to(self.context.world.device)
         if not isinstance(predictor, DeltaPredictor):
             raise RunError(f"stage '{self.context.name}': predictors: '{stage}' trained no delta_predictor")
         assert options.deltas is not None

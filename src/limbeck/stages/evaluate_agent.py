@@ -49,8 +49,8 @@ class EvaluateAgentStage:
             raise RunError(
                 f"stage '{context.name}': '{options.from_}' was not trained on the data of a prepare_trajectories stage; for others there is evaluate_adapters"
             )
-        self.students = {name: self._open(name, self.conditions) for name in (options.from_, *options.against)}
-        main = self.students[options.from_]
+        main = self._open(options.from_, self.conditions)
+        self.students = {options.from_: main, **{name: self._open(name, self.conditions, main) for name in options.against}}
         tokenizer = load_tokenizer(str(self.conditions.tokenizer))
         teacher = self._teacher(tokenizer, main)
         try:
@@ -66,11 +66,11 @@ class EvaluateAgentStage:
             raise RunError(f"stage '{context.name}': there is no issue of {words} to judge: hold repositories out (`held_out` of the trajectories)")
         self._write(self.conditions, found)
 
-    def _open(self, stage: str, conditions: ConditionSet) -> GeneratorStudent:
+    def _open(self, stage: str, conditions: ConditionSet, beside: GeneratorStudent | None = None) -> GeneratorStudent:
         folder = trained_model(self.context, stage)
         if not is_generator(folder):
             raise RunError(f"stage '{self.context.name}': '{stage}' trained no LoRA generator: name one, or a static one (`condition: none`)")
-        return open_generator(self.context, Path(folder), conditions, dtype=torch.float32).to(self.context.world.device)
+        return open_generator(self.context, Path(folder), conditions, dtype=torch.float32, beside=beside).to(self.context.world.device)
 
     def _teacher(self, tokenizer: Any, student: GeneratorStudent) -> Any:
         if self.options.teacher is None:

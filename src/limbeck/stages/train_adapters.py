@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.adapters.peft_experts import taken_for_experts
 from limbeck.adapters.peft_files import write_peft
 from limbeck.adapters.pool import Entry, Pool, write_pool
 from limbeck.adapters.targets import resolve_spec
@@ -94,6 +95,7 @@ class TrainAdaptersStage:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         adapters = pool.gathered(*state)
+        as_parameters = taken_for_experts(pool.model, pool.spec)
         for slot, entry in enumerate(entries):
             provenance = {
                 "condition": slots[slot].name,
@@ -102,7 +104,7 @@ class TrainAdaptersStage:
                 "base": self.base["fingerprint"],
                 "seed": self.options.seed,
             }
-            write_peft(adapters, slot, folder / entry.folder, base=self.base["source"], provenance=provenance)
+            write_peft(adapters, slot, folder / entry.folder, base=self.base["source"], provenance=provenance, as_parameters=as_parameters)
 
     # -- whole models ------------------------------------------------------------------------------------------------------
 

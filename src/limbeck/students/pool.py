@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from limbeck.adapters.inject import Injector
 from limbeck.adapters.spec import Adapters, AdapterSpec
+from limbeck.adapters.start import bound_of_A
 from limbeck.errors import ModelError
 from limbeck.models.head import head_of
 from limbeck.models.packed import forward_packed, leak_probe, rows_seen
@@ -39,10 +39,8 @@ class AdapterPool(nn.Module):
         # Adapter by adapter: the first ones do not depend on how many there are.
         for _ in range(1 if init == "shared" else count):
             for site in spec.sites:
-                # PEFT's start of A: kaiming uniform with a = sqrt(5).
-                bound = 1 / math.sqrt(site.in_features)
                 shape = (len(site.layers), spec.rank, site.in_features)
-                starts[site.name].append((torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1) * bound)
+                starts[site.name].append((torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1) * bound_of_A(site))
         for site in spec.sites:
             A = torch.stack(starts[site.name]).expand(count, -1, -1, -1).contiguous()
             self.A[key_of(site)] = nn.Parameter(A)

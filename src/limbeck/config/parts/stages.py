@@ -278,6 +278,8 @@ class TrainStageOptions(StageOptions):
         streaming = [o.kind for o in self.objectives if o.kind == "attention_alignment"]
         if streaming and len(self.objectives) > 1:
             gaps.append("objective 'attention_alignment' streams layer by layer and stands alone: the others need a later stage")
+        if self.grid and self.loop.checkpoints is not None:
+            gaps.append("`loop.checkpoints` is one folder, and a grid is several runs: leave it out")
         if gaps:
             raise ValueError("; ".join(gaps))
         return self

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from limbeck.adapters.spec import Adapters, AdapterSpec, Site, check_same_spec
+from limbeck.adapters.start import bound_of_A
 from limbeck.config.parts.surgeries import LoraGeneratorOptions
 from limbeck.errors import AdapterError
 from limbeck.students.generator.blocks import MLP, Attention
@@ -35,8 +36,7 @@ class Static(nn.Module):
         self.A = nn.ParameterDict()
         self.B = nn.ParameterDict()
         for site in spec.sites:
-            # PEFT's start of A: kaiming uniform with a = sqrt(5).
-            bound = 1 / math.sqrt(site.in_features)
+            bound = bound_of_A(site)
             self.A[key_of(site)] = nn.Parameter(torch.empty(len(site.layers), spec.rank, site.in_features).uniform_(-bound, bound))
             self.B[key_of(site)] = nn.Parameter(torch.zeros(len(site.layers), site.out_features, spec.rank))
 
