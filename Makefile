@@ -29,7 +29,7 @@ lint:
 
 # Two workers of one thread each: what two cores do best.
 unit:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) runs

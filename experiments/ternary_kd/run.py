@@ -55,14 +55,14 @@ class Lab:
         self.judging = self.stages.pop("evaluate")
         if quick:
             self.stages["teacher"]["data"] |= {"source": [{"kind": "stdlib", "limit": 40}], "held_out": 0.2}
-            self.stages["teacher"]["loop"] |= {"steps": 4, "validate_every": None}
+            self.stages["teacher"]["loop"] |= {"steps": 4, "batch_tokens": 256, "validate_every": None}
             self.judging |= {"rows": 4}
 
     def start(self, seed: int) -> str:
         """Weights as they are drawn: a stage of one step that moves nothing."""
         name = f"fresh-s{seed}"
         teacher = self.stages["teacher"]
-        loop = {"steps": 1, "batch_tokens": 2048}
+        loop = {"steps": 1, "batch_tokens": 128 if self.quick else 2048}
         self.stages[name] = {
             "data": {"from": "teacher"}, "student": teacher["student"], "optim": {"groups": [{"lr": 1e-30}]}, "loop": loop, "seed": seed,
         }  # fmt: skip
@@ -88,9 +88,9 @@ class Lab:
             },
             "loop": {
                 "steps": 4 if self.quick else STEPS,
-                "batch_tokens": 2048,
+                "batch_tokens": 256 if self.quick else 2048,
                 "validate_every": 4 if self.quick else 100,
-                "validate_rows": 64,
+                "validate_rows": 4 if self.quick else 64,
                 "keep_last": 1,
             },
             "seed": seed,

@@ -12,14 +12,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {
+    "benchmarks/delta_cache": [],
     "benchmarks/delta_rule": [],
     "benchmarks/fused_loss": [],
     "benchmarks/injection": [],
     "benchmarks/loop_overhead": [],
     "benchmarks/signal_store": [],
     "benchmarks/teacher_latency": [],
+    "benchmarks/ternary_decode": ["--out", "{tmp}"],
     "experiments/ablations": ["--out", "{tmp}"],
     "experiments/additivity": ["--out", "{tmp}"],
+    "experiments/agentic": ["--out", "{tmp}"],
     "experiments/behaviour_beats_weights": ["--out", "{tmp}"],
     "experiments/calibration": ["--out", "{tmp}"],
     "experiments/delta_only": ["--out", "{tmp}"],
@@ -32,10 +35,11 @@ QUICK = {
     "experiments/mixers": ["--out", "{tmp}"],
     "experiments/native_cost": ["--out", "{tmp}"],
     "experiments/tail_matters": ["--out", "{tmp}"],
+    "experiments/ternary_kd": ["--out", "{tmp}"],
 }
 DRAWN = {
     f"experiments/{name}"
-    for name in ("ablations", "additivity", "behaviour_beats_weights", "delta_only", "dnd_baseline", "gauge", "held_out_conditions")
+    for name in ("ablations", "additivity", "behaviour_beats_weights", "delta_only", "dnd_baseline", "gauge", "held_out_conditions", "ternary_kd")
 }
 """Experiments whose `plot.py` takes the folder of a quick form."""
 

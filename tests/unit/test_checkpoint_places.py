@@ -26,9 +26,9 @@ def stage(**loop: Any) -> dict[str, Any]:
 def test_a_grid_or_two_stages_cannot_share_one() -> None:
     import json
 
-    with pytest.raises(LimbeckError, match="`loop.checkpoints` is one folder, and a grid is several runs"):
+    with pytest.raises(LimbeckError, match=r"`loop.checkpoints` is one folder, and a grid is several runs"):
         load_text(json.dumps({"name": "x", "stages": {"a": stage(checkpoints="c") | {"grid": {"seed": [1, 2]}}}}))
-    with pytest.raises(LimbeckError, match="stages.b.loop.checkpoints: stage 'a' keeps its checkpoints in 'c' too"):
+    with pytest.raises(LimbeckError, match=r"stages.b.loop.checkpoints: stage 'a' keeps its checkpoints in 'c' too"):
         load_text(json.dumps({"name": "x", "stages": {"a": stage(checkpoints="c"), "b": stage(checkpoints="c")}}))
 
 

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from limbeck import __version__
 from limbeck.cli.adapters import adapters
 from limbeck.cli.check import check
+from limbeck.cli.distill_ternary import distill_ternary
 from limbeck.cli.doctor import doctor
 from limbeck.cli.evaluate import evaluate
 from limbeck.cli.explain import explain
@@ -41,7 +42,7 @@ class _Verbs(TyperGroup):
             typer.echo(f"limbeck: {error}" if "\n" not in str(error) else f"limbeck:\n{error}", err=True)
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
-            typer.echo("\nlimbeck: interrupted; `limbeck run` goes on where it stopped", err=True)
+            typer.echo("\nlimbeck: interrupted; the same command goes on where it stopped", err=True)
             raise typer.Exit(INTERRUPTED) from error
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -53,7 +54,7 @@ app = typer.Typer(
     cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Distil large language models into something cheaper to run.",
 )  # fmt: skip
-for verb in (quickstart, init, check, run, prepare, report, evaluate, generate, export, serve, teach, signals, ls, explain, schema, doctor):
+for verb in (quickstart, init, check, run, prepare, report, evaluate, generate, export, serve, teach, distill_ternary, signals, ls, explain, schema, doctor):
     app.command()(verb)
 app.add_typer(adapters, name="adapters")
 
