@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from families import stir
+from gguf_case import write_gguf as write_random
 from limbeck.cli.app import app
 from limbeck.config.load import load_recipe
 from limbeck.config.parts.stages import GgufOptions, TrainTokenizer
 from limbeck.config.parts.surgeries import HybridizeOptions, TernarizeOptions
 from limbeck.data.tokenizer import encode, train_tokenizer
-from limbeck.errors import ModelError, RunError
+from limbeck.errors import LimbeckError, ModelError, RunError
 from limbeck.export.gguf import writer
 from limbeck.export.gguf.architectures import rotary_sections
 from limbeck.export.gguf.llama import Llama
@@ -171,6 +176,19 @@ def test_the_built_in_model_is_verified_with_its_own_words(kind: str, tmp_path: 
     assert manifest["sizes"][-1]["kind"] == "total" and manifest["sha256"] == writer.sha256(out)
 
 
+@needs_llama
+def test_a_tokenizer_of_a_few_letters_is_verified_too(tmp_path: Path) -> None:
+    """It has no "a" and no merges, and makes nothing of most texts."""
+    tokenizer = Tokenizer(models.BPE(vocab={"<e>": 0, "A": 1, "C": 2, "G": 3, "T": 4}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    save_model(tiny("llama", vocab_size=8), tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>").save_pretrained(tmp_path / "model")
+    out = export_path(str(tmp_path / "model"), output=tmp_path / "dna.gguf", gguf=GgufOptions(type="f32", verify=True), say=lambda line: None)
+    assert json.loads(manifest_path(out).read_text())["verification"]["holds"]
+    with Llama(out, context=32) as llama:
+        assert llama.tokens("GATTACA") == encode(load_tokenizer(str(tmp_path / "model")), ["GATTACA"])[0] == [3, 1, 4, 4, 1, 2, 1]
+
+
 def ternary_student(words: Path, folder: Path, base: Any, **options: Any) -> Path:
     student = wrap_student(base, [TernarizeOptions(**options)], {"source": "nowhere", "fingerprint": {}})
     save_model(student, folder, tokenizer_source=str(words))
@@ -289,11 +307,101 @@ def test_a_full_disk_leaves_nothing_and_says_what_was_needed(words: Path, tmp_pa
         ("qwen3_5_text", {"layer_types": ["full_attention"] * 4}, "mixture of both kinds"),
         ("qwen3", {"rope_parameters": LLAMA3}, "llama3"),
         ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
+        ("qwen3", {"attention_bias": True}, "its attention has biases"),
+        ("qwen3_moe", {"attention_bias": True}, "its attention has biases"),
+        ("qwen3_next", {"attention_bias": True}, "its attention has biases"),
+        ("qwen3_5_text", {"attention_bias": True}, "its attention has biases"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "turns 0.5 of each head"),
     ],
 )
 def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(family: str, changes: dict[str, Any], what: str, words: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=what):
         written(tiny(family, **changes), words, tmp_path / "x.gguf", "f32")
+
+
+def test_heads_of_another_width_than_the_models_are_refused_where_llama_cpp_has_no_place(words: Path, tmp_path: Path) -> None:
+    save_model(tiny("qwen2"), tmp_path / "model", tokenizer_source=str(words))
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 32}))
+    with pytest.raises(ModelError, match="its 4 heads of 32 are not as wide as the model, 256"):
+        export_gguf(tmp_path / "model", tmp_path / "x.gguf", GgufOptions(), say=lambda line: None)
+
+
+def test_a_damaged_folder_is_named_and_not_a_traceback(words: Path, tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    save_model(tiny("qwen3"), good, tokenizer_source=str(words))
+    weights = (good / "model.safetensors").read_bytes()
+
+    def bert(folder: Path) -> None:
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+
+    def index(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        (folder / "model.safetensors.index.json").write_text("[]")
+
+    damages: list[tuple[Callable[[Path], object], str]] = [
+        (lambda folder: (folder / "model.safetensors").write_bytes(weights[:-1000]), r"model\.safetensors: cannot be read"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), r"model\.safetensors: cannot be read"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickled weights only"),
+        (index, "is no index of files"),
+        (bert, "llama.cpp's form of 'bert' is not known here"),
+        (lambda folder: [path.unlink() for path in folder.glob("token*")], "the tokenizer has no words"),
+    ]
+    for number, (damage, what) in enumerate(damages):
+        folder = tmp_path / str(number)
+        shutil.copytree(good, folder)
+        damage(folder)
+        with pytest.raises(LimbeckError, match=what):
+            export_gguf(folder, tmp_path / "x.gguf", GgufOptions(), say=lambda line: None)
+
+
+def test_what_transformers_passes_over_is_passed_over(words: Path, tmp_path: Path) -> None:
+    """Rotary frequencies of older files, and weights in another form beside the ones that count."""
+    from safetensors.torch import load_file, save_file
+
+    save_model(tiny("llama"), tmp_path / "model", tokenizer_source=str(words))
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(path), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}, path)
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / "model" / "consolidated.safetensors")
+    weights = FolderWeights(tmp_path / "model", load_config(str(tmp_path / "model")))
+    assert set(weights.shapes) == {name for name in tiny("llama").state_dict() if "inv_freq" not in name}
+
+
+def test_scales_that_nothing_has_are_refused(words: Path, tmp_path: Path) -> None:
+    save_model(tiny("qwen2"), tmp_path / "model", tokenizer_source=str(words))
+    for options, what in ((GgufOptions(group_size=128), "--group-size: is of ternary weights"), (GgufOptions(scale="row"), "--scale: is of ternary weights")):
+        with pytest.raises(RunError, match=what):
+            export_gguf(tmp_path / "model", tmp_path / "x.gguf", options, say=lambda line: None)
+    with pytest.raises(ModelError, match=r"--group-size 96: the 256 inputs of .* are no multiple of it"):
+        export_gguf(tmp_path / "model", tmp_path / "x.gguf", GgufOptions(group_size=96, force=True), say=lambda line: None)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_model_is_read(words: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    save_model(tiny("qwen2"), model, tokenizer_source=str(words))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "other.gguf.json").mkdir()
+    (tmp_path / "things").mkdir()
+    (tmp_path / "things" / "letter.txt").write_text("mine")
+    for out, what in (
+        (tmp_path / "file" / "x.gguf", "file is a file: give another --output"),
+        (tmp_path / "folder.gguf", "is a folder: give another --output"),
+        (tmp_path / "other.gguf", r"other\.gguf\.json: is a folder"),
+        (tmp_path / ("x" * 300 + ".gguf"), "cannot be written .*too long"),
+        (Path("/proc/nowhere/x.gguf"), "cannot be written"),
+        (tmp_path / "file", "is a file: name a folder"),
+        (tmp_path / "file" / "x", "file is a file: give another --output"),
+        (tmp_path / "things", "holds something that is no export, and would be replaced"),
+        (model, "holds what is exported, and would be replaced"),
+        (tmp_path, "holds what is exported, and would be replaced"),
+        (Path("/proc/nowhere/x"), "cannot be written"),
+    ):
+        with pytest.raises(RunError, match=what):
+            export_path(str(model), output=out, say=lambda line: None)
+    assert (tmp_path / "things" / "letter.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    for _ in range(2):
+        assert (export_path(str(model), output=tmp_path / "new" / "one") / "config.json").exists(), "an export of before is replaced"
 
 
 def test_the_rotation_reaches_every_pair() -> None:
@@ -342,6 +450,10 @@ def test_a_file_that_llama_cpp_dies_of_is_an_error_and_not_our_end(tmp_path: Pat
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 40)
     with pytest.raises(RunError, match=r"bad\.gguf: llama\.cpp"):
         Llama(tmp_path / "bad.gguf", context=32)
+    data = write_random(tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "other.gguf").write_bytes(data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen2", 1))
+    with pytest.raises(RunError, match=r"(?s)other\.gguf: llama\.cpp cannot load .*qwen2\.context_length"):
+        Llama(tmp_path / "other.gguf", context=32)
 
 
 @needs_llama

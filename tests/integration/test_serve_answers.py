@@ -25,6 +25,7 @@ from limbeck.serve.openai.app import OpenAiService
 from limbeck.serve.openai.backend import Caller, Piece, Usage
 from limbeck.serve.openai.llama import LlamaBackend
 from limbeck.serve.openai.questions import Question
+from limbeck.serve.openai.templates import PLAIN
 from limbeck.serve.openai.transformers import Speaker, TransformersBackend
 from limbeck.stages.adapting import open_generator
 from limbeck.stages.generate import Reads, generate_text
@@ -225,9 +226,61 @@ def test_a_folder_writes_what_generate_writes() -> None:
         assert answer.choices[0].text == "".join(generate_text("builtin:code-2m", PROMPT, tokens=24))
         with pytest.raises(openai.BadRequestError, match="nothing that this model's backend can do"):
             client.completions.create(model="tiny", prompt=PROMPT, frequency_penalty=1)
-        with pytest.raises(openai.BadRequestError, match="the chat template of tiny refuses them"):
-            client.chat.completions.create(model="tiny", messages=HI, extra_body={"chat_template_kwargs": {"tokenize": True, "tools": 5}})
+        with pytest.raises(openai.BadRequestError, match=r"chat_template_kwargs\.tokenize: is the server's business"):
+            client.chat.completions.create(model="tiny", messages=HI, extra_body={"chat_template_kwargs": {"tokenize": True}})
     assert backend.close(10)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{{ messages[0].nothing.at }}", "{% if %}", "{{ tools | tojson }}"])
+def test_a_template_that_fails_is_a_refusal_however_it_fails(template: str) -> None:
+    backend = folder_backend()
+    backend._speaker.tokenizer.chat_template = template
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(300):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    with service_of(backend) as (_, client), pytest.raises(openai.BadRequestError, match="the chat template of tiny refuses them"):
+        client.chat.completions.create(model="tiny", messages=HI, tools=tools)
+    assert backend.close(10)
+
+
+def test_an_answer_keeps_the_space_that_its_tokenizer_takes_from_what_begins_a_text(stories260k: Path) -> None:
+    prompt = "Once upon a"
+    assert "".join(generate_text(str(stories260k), prompt, tokens=8)).startswith(" time, there was")
+    backend = TransformersBackend(open_speaker(str(stories260k)), "stories")
+    with service_of(backend) as (_, client):
+        answer = client.completions.create(model="stories", prompt=prompt, max_tokens=8, temperature=0, logprobs=0)
+        chunks = list(client.completions.create(model="stories", prompt=prompt, max_tokens=8, temperature=0, stream=True))
+        assert answer.choices[0].text.startswith(" time, there was") and "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+    assert backend.close(10)
+
+
+def test_a_tokenizer_that_is_larger_than_its_model_is_a_refusal(tmp_path: Path) -> None:
+    speaker = open_speaker("builtin:code-2m")
+    speaker.model.resize_token_embeddings(300)
+    backend = TransformersBackend(speaker, "small")
+    with service_of(backend) as (_, client), pytest.raises(openai.BadRequestError, match="is beyond the 300 that small has embeddings for"):
+        client.completions.create(model="small", prompt="def reverse(", max_tokens=2)
+    assert backend.close(10)
+
+
+@needs_llama
+def test_a_gguf_file_keeps_the_context_that_was_asked_for(tmp_path: Path) -> None:
+    """llama.cpp's own context is a multiple of 256."""
+    backend = gguf_backend(tmp_path, context=100, parallel=1)
+    with service_of(backend, parallel=1) as (_, client):
+        with pytest.raises(openai.BadRequestError, match="the prompt has 150 tokens, and the context of 100 must hold it"):
+            client.completions.create(model="tiny", prompt=[72] * 150, max_tokens=2)
+        answer = client.completions.create(model="tiny", prompt=[72] * 90, max_tokens=50, temperature=0)
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.choices[0].finish_reason) == (90, 10, "length")
+        assert client.completions.create(model="tiny", prompt=[72] * 90, max_tokens=10, temperature=0).choices[0].text == answer.choices[0].text
+    assert backend.close(10)
+
+
+def test_an_empty_prompt_begins_a_text(served: tuple[OpenAiService, Any]) -> None:
+    _, client = served
+    answer = client.completions.create(model="tiny", prompt="", max_tokens=4, temperature=0)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (1, 4) and answer.choices[0].text
 
 
 def test_a_long_answer_does_not_hold_up_a_short_one() -> None:
@@ -274,6 +327,22 @@ def test_without_a_chat_template_chats_are_refused(tmp_path: Path) -> None:
             with pytest.raises(openai.BadRequestError, match="bare has no chat template: use /v1/completions"):
                 client.chat.completions.create(model="bare", messages=HI)
             assert client.completions.create(model="bare", prompt="a", max_tokens=2).usage.completion_tokens == 2
+        assert backend.close(10)
+
+
+def test_a_base_model_chats_with_a_template_beside_it(tmp_path: Path) -> None:
+    speaker = open_speaker("builtin:code-2m")
+    speaker.tokenizer.chat_template = PLAIN
+    backends: list[Any] = [TransformersBackend(speaker, "bare")]
+    if find_spec("xllamacpp") is not None:
+        backends.append(LlamaBackend(write_gguf(tmp_path / "bare.gguf", template=None), context=256, parallel=1, threads=1, template=PLAIN))
+    talk = [{"role": "system", "content": "a"}, {"role": "user", "content": "b c"}]
+    for backend in backends:
+        with service_of(backend) as (_, client):
+            said = client.chat.completions.create(model="bare", messages=talk, max_tokens=4, temperature=0)
+            # The very text that the template makes.
+            text = client.completions.create(model="bare", prompt="a\n\nb c", max_tokens=4, temperature=0)
+            assert said.choices[0].message.content == text.choices[0].text and said.usage.prompt_tokens == text.usage.prompt_tokens
         assert backend.close(10)
 
 

@@ -85,9 +85,12 @@ def test_what_cannot_be_served_ends_with_a_message_before_it_listens(tmp_path: P
         (serve("builtin:code-2m", "--numa-aware", "--port", "0"), "--numa-aware: is for GGUF files, and builtin:code-2m is none"),
         (serve("builtin:code-2m", "--api-key-env", "NOT_SET", "--port", "0"), "--api-key-env NOT_SET: is not set"),
         (serve("builtin:code-2m", "--context", "99999", "--port", "0"), "--context 99999: builtin:code-2m was made for"),
+        (serve("builtin:code-2m", "--revision", "main", "--port", "0"), "--revision: is for hub models, and builtin:code-2m is a folder here"),
     ]
     if find_spec("xllamacpp") is not None:
+        (tmp_path / "notes").write_text("hello")
         cases += [
+            (serve(str(tmp_path / "notes"), "--port", "0"), "notes: is no GGUF file (it begins with b'hell')"),
             (serve(str(tmp_path / "text.gguf"), "--port", "0"), "text.gguf: is no GGUF file"),
             (serve(str(tmp_path / "cut.gguf"), "--port", "0"), "cut.gguf: llama.cpp cannot load it"),
             (serve(str(tmp_path / "absent.gguf"), "--port", "0"), "absent.gguf: cannot be read (No such file or directory)"),

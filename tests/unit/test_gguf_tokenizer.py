@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from limbeck.config.parts.stages import TrainTokenizer
@@ -50,6 +50,31 @@ def test_an_unknown_expression_is_an_error_that_names_it() -> None:
 def test_what_llama_cpp_would_not_do_is_refused(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(DataError, match=what):
         tokenizer_keys(byte_level(None, **changes), 300)
+
+
+@pytest.mark.parametrize(
+    "options, what",
+    [
+        ({"end_of_word_suffix": "</w>"}, "marks parts of words .end_of_word_suffix."),
+        ({"continuing_subword_prefix": "##"}, "marks parts of words .continuing_subword_prefix."),
+        ({"dropout": 0.5}, "leaves out merges at random .dropout 0.5."),
+        ({"unk_token": "a", "vocab": {"a": 0, "b": 1}}, "writes 'a' for bytes that it has no token for"),
+    ],
+)
+def test_merges_that_llama_cpp_does_not_know_are_refused(options: dict[str, Any], what: str) -> None:
+    tokenizer = Tokenizer(models.BPE(**{"vocab": dict(ALPHABET), "merges": [], **options}))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    with pytest.raises(DataError, match=what):
+        tokenizer_keys(PreTrainedTokenizerFast(tokenizer_object=tokenizer), 300)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_that_look_around_themselves_are_refused(flag: str, special: bool) -> None:
+    tokenizer = byte_level(None)
+    tokenizer.add_tokens([AddedToken("<tool>", special=special, **{flag: True})])
+    with pytest.raises(DataError, match=f"its token '<tool>' has {flag}, which llama.cpp does not know"):
+        tokenizer_keys(tokenizer, 300)
 
 
 def test_types_padding_and_special_ids() -> None:

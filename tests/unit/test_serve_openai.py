@@ -104,6 +104,8 @@ def test_text_comes_in_parts_and_prompts_as_ids() -> None:
         (False, {"prompt": ["a", "b"]}, "prompt: 2 prompts in one request: this server takes 1"),
         (False, {"prompt": [50]}, "prompt[0]: 50 is no token id of a vocabulary of 50"),
         (False, {"prompt": [True]}, "prompt[0]: True is no token id"),
+        (False, {"prompt": ["a", 1]}, "prompt[0]: 'a' is no token id"),
+        (False, {"prompt": [[["a"]]]}, "prompt[0]: a list of 1 is no token id"),
         (False, {"prompt": "a", "echo": True}, "echo: True is not supported"),
         (False, {"prompt": "a", "messages": []}, "messages: unknown field"),
     ],
@@ -113,6 +115,57 @@ def test_what_is_wrong_is_said_by_field(chat: bool, body: dict[str, Any], messag
         question(body, LIMITS, chat=chat)
     assert refused.value.message.startswith(message), refused.value.message
     assert refused.value.status == (404 if "not served here" in message else 400)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("frequency_penalty", True, "frequency_penalty: must be a number, not True"),
+        ("presence_penalty", 3, "presence_penalty: 3 is not from -2 to 2"),
+        ("logit_bias", "x", "logit_bias: must be an object, not 'x'"),
+        ("logit_bias", {"a": 1}, "logit_bias: 'a' is no token id of a vocabulary of 50"),
+        ("logit_bias", {"50": 1}, "logit_bias: '50' is no token id of a vocabulary of 50"),
+        ("logit_bias", {"4": "x"}, "logit_bias.4: must be a number, not 'x'"),
+        ("logit_bias", {"4": 101}, "logit_bias.4: 101 is not from -100 to 100"),
+        ("logit_bias", {"4": None}, "logit_bias.4: must be a number, not None"),
+        ("tools", "", "tools: must be a list, not ''"),
+        ("tools", [{"type": "function"}], 'tools[0]: must be {"type": "function", "function"'),
+        ("tools", [{"type": "function", "function": {"name": "f", "parameters": 5}}], "tools[0].function.parameters: must be a JSON schema, not 5"),
+        ("tool_choice", 5, "tool_choice: must be auto, none, required, or"),
+        ("tool_choice", "required", "tool_choice: chooses what is not among the 0 `tools`"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}, "tool_choice: chooses what is not among the 0 `tools`"),
+        ("parallel_tool_calls", "yes", "parallel_tool_calls: must be true or false, not 'yes'"),
+        ("response_format", "json", "response_format: must be an object, not 'json'"),
+        ("response_format", {"type": "xml"}, "response_format.type: 'xml' is not one of text, json_object, json_schema"),
+        ("response_format", {"type": "json_schema"}, "response_format.json_schema: must be"),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": 5}}, "response_format.json_schema: must be"),
+        ("chat_template_kwargs", [1], "chat_template_kwargs: must be an object, not a list of 1"),
+        ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}, "chat_template_kwargs.chat_template: is the server's business"),
+        ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages: is the server's business"),
+        ("reasoning_effort", 5, "reasoning_effort: must be a string, not 5"),
+    ],
+)
+def test_what_a_backend_takes_has_openais_form(field: str, value: Any, message: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        question({**HI, field: value}, Limits("m", 100, 50, frozenset(EXTRA)), chat=True)
+    assert refused.value.message.startswith(message) and refused.value.status == 400, refused.value.message
+
+
+def test_what_a_backend_takes_goes_to_it_as_it_came() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}, {"type": "function", "function": {"name": "g"}}]
+    given = {
+        "frequency_penalty": -2, "logit_bias": {"49": -100, "0": 1.5}, "tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}},
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string"}}}, "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+    assert question({**HI, **given}, Limits("m", 100, 50, frozenset(EXTRA)), chat=True).extra == given
+
+
+def test_a_body_of_any_depth_is_an_answer_or_a_refusal() -> None:
+    deep: Any = 1
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(Refusal, match="the body is nested too deeply"):
+        question({**HI, "metadata": deep}, LIMITS, chat=True)
 
 
 # --- what may be shown
@@ -171,6 +224,19 @@ def test_characters_are_shown_whole() -> None:
     broken, _, _ = said([0x80] * 20 + list(b"ok"), Letters())
     assert "".join(broken).endswith("ok") and any(broken[:12])
     assert "".join(said(list("naïve 日本語 text".encode()), Letters(), ("本語 t",))[0]) == "naïve 日"
+
+
+def test_an_answer_goes_on_from_its_prompt() -> None:
+    class Words(Letters):
+        """As SentencePiece does it: a text does not begin with a space."""
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return super().decode(ids, **options).removeprefix(" ")
+
+    tokenizer = Words(" time", " a")
+    for prompt, wanted in (([257], " time a"), ([*b"xyz", 257], " time a"), ([], "time a"), ([0xC3], "time a")):
+        spoken = Spoken(tokenizer, (), prompt)
+        assert "".join(spoken.add(i).text for i in (256, 257)) + spoken.end().text == wanted, prompt
 
 
 def test_text_of_a_real_tokenizer_is_what_it_decodes() -> None:
@@ -301,11 +367,13 @@ def test_the_header_of_a_gguf_file_is_read_and_a_damaged_one_refused(tmp_path: P
     assert header["general.architecture"] == "llama" and header["llama.context_length"] == CONTEXT
     assert header["tokenizer.chat_template"] == TEMPLATE and header["tokenizer.ggml.tokens"] == 262
     data = file.read_bytes()
+    kinds = data.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
     for name, content, message in (
         ("text", b"hello, I am text", "is no GGUF file"),
         ("empty", b"", "is cut off or damaged"),
         ("short", data[:2000], "is cut off or damaged"),
-        ("old", b"GGUF" + (1).to_bytes(4, "little") + data[8:], "GGUF version 1"),
+        ("old", b"GGUF" + (1).to_bytes(4, "little") + data[8:], "old: GGUF version 1, and 2 and 3 can be read$"),
+        ("endless", data[:kinds] + (2**62).to_bytes(8, "little") + data[kinds + 8 :], "is cut off or damaged"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ModelError, match=message):

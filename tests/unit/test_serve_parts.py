@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from limbeck.errors import LimbeckError
 from limbeck.serve.gate import check_token
 from limbeck.serve.metrics import Metrics
+from limbeck.serve.openai.templates import PLAIN, read_template
 from limbeck.serve.refusals import Refusal, retry_after
 from limbeck.serve.replies import accepted_encoding, reply
 from limbeck.serve.worker import Worker
@@ -189,3 +191,21 @@ def test_admission_is_bounded_and_given_back() -> None:
     with pytest.raises(Refusal) as refused, worker.admission():
         pass
     assert refused.value.status == 503
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(None, "cannot be read"), ("", "is empty"), ("{% for m in messages %}{{ m.content }}", ":1: Unexpected end of template"), (b"\xff", "no UTF-8")],
+)
+def test_a_chat_template_that_is_none_is_refused(tmp_path: Path, content: str | bytes | None, word: str) -> None:
+    path = tmp_path / "t.jinja"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LimbeckError, match=word):
+        read_template(str(path))
+
+
+def test_templates_of_transformers_own_dialect_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text("{% for m in messages %}{% if not m.content %}{% continue %}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    assert read_template(str(path)) == path.read_text() and read_template("plain") == PLAIN

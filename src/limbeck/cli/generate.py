@@ -13,7 +13,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to go on from.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 for greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     condition: Annotated[
         list[str] | None,
         typer.Option(help="Text that a LoRA generator reads; several times for several; by default the prompt.", show_default=False),

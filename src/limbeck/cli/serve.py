@@ -32,8 +32,11 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Most requests under way; one more is told to come again (429).")] = 64,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer; by default the context.", show_default=False)] = None,
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = 2**20,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads of the model.", show_default=False)] = None,
     numa_aware: Annotated[bool, typer.Option("--numa-aware", help="Spread a GGUF model over the machine's NUMA nodes.")] = False,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja file, or `plain` (one paragraph a turn), instead of the model's own; base models have none.", show_default=False)
+    ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of a folder's weights.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Of a folder's model; by default a GPU if there is one.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Commit or branch of a hub model.", show_default=False)] = None,
@@ -67,14 +70,19 @@ def serve(
     token = check_token(os.environ.get(api_key_env), api_key_env)
     if token is None and api_key_env != KEY:
         raise LimbeckError(f"--api-key-env {api_key_env}: is not set: put the key there, or leave the option out to serve without one")
+    template = None
+    if chat_template is not None:
+        from limbeck.serve.openai.templates import read_template
+
+        template = read_template(chat_template)
     sock = bind(host, port)
-    if source.endswith(".gguf"):
+    if source.endswith(".gguf") or Path(source).is_file():
         _refuse(dtype=dtype != "float32", device=device is not None, revision=revision is not None)
-        backend = _gguf(Path(source), name=name, context=context, parallel=parallel, threads=threads, numa=numa_aware)
+        backend = _gguf(Path(source), name=name, context=context, parallel=parallel, threads=threads, numa=numa_aware, template=template)
     else:
         if numa_aware:
             raise LimbeckError(f"--numa-aware: is for GGUF files, and {source} is none: leave it out, or export the model with --to gguf")
-        backend = _folder(source, name, context=context, threads=threads, dtype=dtype, device=device, revision=revision, adapters=adapters)
+        backend = _folder(source, name, context=context, threads=threads, dtype=dtype, device=device, revision=revision, adapters=adapters, template=template)
     from limbeck.serve.openai.app import OpenAiService
 
     service = OpenAiService(
@@ -82,7 +90,7 @@ def serve(
         log_every=log_every, say=lambda line: typer.echo(f"limbeck serve: {line}", err=True),
     )  # fmt: skip
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
-        typer.echo(f"limbeck serve: no {KEY} is set: whoever reaches {host}:{port} may use this server", err=True)
+        typer.echo(f"limbeck serve: no {KEY} is set: whoever reaches {url_of(sock)} may use this server", err=True)
     typer.echo(f"limbeck serve: {backend.name}, context {backend.context}, {parallel} answers at once, {queue} requests at most", err=True)
 
     def announce() -> None:
@@ -107,8 +115,9 @@ def _gguf(path: Path, **options: Any) -> Any:
 
 
 def _folder(
-    source: str, name: str | None, *, context: int | None, threads: int | None, dtype: str, device: str | None, revision: str | None, adapters: int
-) -> Any:
+    source: str, name: str | None, *, context: int | None, threads: int | None, dtype: str, device: str | None, revision: str | None, adapters: int,
+    template: str | None,
+) -> Any:  # fmt: skip
     import torch
 
     from limbeck.cli.teach import device_of
@@ -116,9 +125,13 @@ def _folder(
     from limbeck.serve.teacher import model_name
     from limbeck.stages.serving import open_speaker
 
+    if revision is not None and (source.startswith("builtin:") or Path(source).exists()):
+        raise LimbeckError(f"--revision: is for hub models, and {source} is a folder here: leave it out")
     if threads is not None:
         torch.set_num_threads(threads)
     speaker = open_speaker(source, dtype=dtype, device=device_of(device), revision=revision)
+    if template is not None:
+        speaker.tokenizer.chat_template = template
     folder = Path(source) / "model"
     served = source if source.startswith("builtin:") else model_name(str(folder) if folder.is_dir() else source)
     return TransformersBackend(speaker, name or served, context=context, adapters=adapters)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from limbeck.config.native import ALL_LINEAR, mixer_obstacles, teacher_obstacles
 from limbeck.errors import ModelError
+from limbeck.export.foreign import check_foreign
 from limbeck.models.loading import save_model
 from limbeck.models.structure import decoder_layers
 from limbeck.students.mixers.gated_deltanet import GatedDeltaNet
@@ -61,6 +62,7 @@ def check_native(model: Any) -> None:
     """Raise :class:`ModelError` with every reason why the model cannot be written as Qwen3.5."""
     if not hasattr(model.config, "limbeck"):
         raise ModelError(f"export --to native: {type(model).__name__} is not a hybrid: `--to hf` writes a model that stock transformers loads")
+    check_foreign(model.config, "native")
     mixers = model.mixers()
     base = {**model.config.to_dict(), "model_type": model.config.limbeck["base"]["model_type"]}
     kept = [index for index in range(base["num_hidden_layers"]) if index not in mixers]

@@ -21,7 +21,8 @@ from limbeck.export.gguf.packing import BF16, F32, TERNARY
 from limbeck.export.gguf.plan import Precisions, planned, size_lines
 from limbeck.export.gguf.reference import reference_model
 from limbeck.export.gguf.verify import check_verified, record, verify
-from limbeck.export.gguf.writer import Written, gguf_package, write_gguf, write_manifest
+from limbeck.export.gguf.writer import Written, gguf_package, manifest_path, write_gguf, write_manifest
+from limbeck.export.places import check_file
 from limbeck.models.loading import load_tokenizer
 from limbeck.stages.context import Say
 
@@ -42,14 +43,22 @@ def export_gguf(
 
     ``held_out`` gives the prepared text of the run, if it has any: on it the damage of ``force`` is measured, and from it positions
     for ``verify`` are taken.  Raises :class:`RunError` for a model that was not trained ternary and a ternary type without ``force``,
-    for a scale other than the trained one, and for a file that is not the model.
+    for a scale other than the trained one, for scales where nothing is ternary, and for a file that is not the model.
     """
     gguf_package()
+    check_file(out)
+    check_file(manifest_path(out))
     if options.verify:
         llama.check_installed()
     origin = opened(folder)
     asked = options.type in TERNARY_NAMES or (options.type == "auto" and options.force)
-    origin = _ternary_origin(origin, options, folder) if asked or origin.about["trained_ternary"] else origin
+    if asked or origin.about["trained_ternary"]:
+        origin = _ternary_origin(origin, options, folder)
+    elif options.scale is not None or options.group_size is not None:
+        raise RunError(
+            f"{'--scale' if options.scale is not None else '--group-size'}: is of ternary weights, and {folder} has none and gets none: leave it out, or "
+            "add --force to round them"
+        )
     wanted = Precisions(options.type, origin.group, origin.kept, F32 if dtype == "float32" else BF16, _written_group(origin, options))
     tokenizer = load_tokenizer(str(folder))
     about = {**origin.about, "asked": options.model_dump(mode="json"), "source": folder.name}
@@ -115,5 +124,5 @@ def _prompts(tokenizer: Any, data: Path | None) -> Sequence[Sequence[int]]:
             ids = rows.batch(range(min(_ROWS, len(rows)))).input_ids_BT[:, :_LENGTH]
             return [row.tolist() for row in ids]
     drawn = torch.randint(0, len(tokenizer), (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
-    return [*encode(tokenizer, list(_TEXTS)), *drawn[: _ROWS - len(_TEXTS)]]
+    return [*filter(None, encode(tokenizer, list(_TEXTS))), *drawn[: _ROWS - len(_TEXTS)]]
 

@@ -24,6 +24,7 @@ from limbeck.stages.context import StageContext
 from limbeck.stages.run import open_stage
 from limbeck.students.generator.student import GeneratorStudent, is_generator, read_record
 
+_BEFORE = 4
 ADAPTED, BASE = "with the generated LoRA", "the base alone"
 
 
@@ -52,23 +53,36 @@ class Writer:
         """Token ids of a prompt, ``[1, T]``; of an empty one the token that begins a text."""
         ids_1T: Tensor = self.tokenizer(prompt, return_tensors="pt").input_ids
         if ids_1T.shape[1]:
+            self._check(ids_1T)
             return ids_1T
         if self.tokenizer.bos_token_id is None:
             raise RunError("the prompt is empty and the tokenizer has no beginning-of-text token: give --prompt")
         return torch.tensor([[self.tokenizer.bos_token_id]])
 
+    def _check(self, ids_1T: Tensor) -> None:
+        length, rows = ids_1T.shape[1], self.model.get_input_embeddings().weight.shape[0]
+        made_for = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if made_for is not None and length >= made_for:
+            raise RunError(f"the prompt has {length} tokens, and the model was made for {made_for} with what it writes: give a shorter --prompt")
+        if ids_1T.max() >= rows:
+            raise RunError(f"the prompt has the token {int(ids_1T.max())}, and the model has embeddings for {rows}: the tokenizer is another model's")
+
     def write(self, ids_1T: Tensor, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
         """Text behind these ids as it is decoded."""
-        written: list[int] = []
-        shown = ""
+        # Some tokenizers take the space from what begins a text: the first token is read behind the last ones of the prompt.
+        written: list[int] = ids_1T[0, -_BEFORE:].tolist()
+        shown = self._text(written)
         found = decode(self.model, ids_1T, tokens=tokens, ends=end_ids(self.model), temperature=temperature, seed=seed, acting=self.acting)
         for token in found:
             written.append(token)
-            text = self.tokenizer.decode(written, skip_special_tokens=True)
+            text = self._text(written)
             # A token may end inside a character; it is held back until the character is whole.
             if not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def generate_text(
@@ -92,6 +106,8 @@ def continuations(
             asked of a model.
     """
     reads = reads or Reads()
+    if Path(path).is_file():
+        raise RunError(f"{path}: is a file, and `limbeck generate` reads model folders and runs; `limbeck serve` speaks GGUF files")
     folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
     if is_generator(folder):
         writers = _of_generator(folder.resolve(), reads, prompt, compare)

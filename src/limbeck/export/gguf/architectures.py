@@ -70,7 +70,13 @@ def _obstacles(config: Any) -> list[str]:
         found.append("its linear layers have keys and values of different widths")
     if config.model_type in LINEAR and len(set(config.layer_types)) < 2:
         found.append(f"all its layers are {config.layer_types[0]}, and it is a mixture of both kinds")
+    if config.model_type != "llama" and getattr(config, "attention_bias", False):
+        found.append("its attention has biases")
+    if config.model_type == "qwen2" and head_width(config) * config.num_attention_heads != config.hidden_size:
+        found.append(f"its {config.num_attention_heads} heads of {head_width(config)} are not as wide as the model, {config.hidden_size}")
     rope = config.rope_parameters
+    if config.model_type not in LINEAR and _turned_part(config) != 1:
+        found.append(f"its rotary embedding turns {_turned_part(config):g} of each head and it turns the whole")
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn") and not (kind == "llama3" and config.model_type == "llama"):
         found.append(f"its rotary embedding is of type {kind!r}")
@@ -126,10 +132,14 @@ def keys(config: Any) -> dict[str, Any]:
     return found
 
 
+def _turned_part(config: Any) -> float:
+    """Share of a head that the rotary embedding turns."""
+    return config.rope_parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+
+
 def _rotary_keys(config: Any, width: int) -> dict[str, Any]:
     rope = config.rope_parameters
-    partial_factor = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    turned = int(width * partial_factor)
+    turned = int(width * _turned_part(config))
     found: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": turned}
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):

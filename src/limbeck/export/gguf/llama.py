@@ -18,7 +18,7 @@ from torch import Tensor
 from limbeck.errors import ModelError, RunError
 from limbeck.export.gguf import llama_child
 
-_LAST = 300
+_LAST = 1000
 
 
 def check_installed() -> None:

@@ -29,7 +29,7 @@ def load(path: str, context: int) -> Any:
     options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     options.port = options.cache_ram_mib = 0
     options.warmup = options.fit_params = False
-    options.verbosity = -1
+    options.verbosity = 1
     return xllamacpp.Server(options)
 
 

@@ -15,11 +15,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from limbeck.config.parts.precision import plan_for, precision_of
 from limbeck.config.parts.surgeries import TernarizeOptions
 from limbeck.errors import ModelError
+from limbeck.export.foreign import check_foreign
+from limbeck.export.gguf.architectures import architecture
 from limbeck.export.gguf.packing import Weight
 from limbeck.export.gguf.weights import FolderWeights, ModelWeights, Weights
 from limbeck.export.native import native_model
 from limbeck.models.limbeck_config import MODEL_TYPE
-from limbeck.models.loading import load_config, load_model
+from limbeck.models.loading import check_folder, load_config, load_model
 from limbeck.ops.ternary import Granularity, dequantised, ternary
 from limbeck.students.ternarize import FUSED, check_exportable, ternarize_options
 from limbeck.students.ternary.modules import Quantised
@@ -39,10 +41,13 @@ class Origin:
 
 
 def opened(folder: Path) -> Origin:
-    """A folder as it was trained; a ternary student whose warm-up is not over is a :class:`ModelError`."""
+    """A folder as it was trained; a ternary student whose warm-up is not over, or one that no file can hold, is a :class:`ModelError`."""
+    check_folder(str(folder))
     config = load_config(str(folder))
     if getattr(config, "model_type", None) != MODEL_TYPE:
+        architecture(config)
         return Origin(FolderWeights(folder, config), _none, _keep, {"trained_ternary": False})
+    check_foreign(config, "gguf")
     options = ternarize_options(config)
     if options is not None:
         check_exportable(config)
@@ -73,7 +78,9 @@ def _ternary_folder(folder: Path, config: Any, options: TernarizeOptions | None)
         student: Any = AutoModelForCausalLM.from_config(config)
     modules = {f"{path}.{name}": module for path, module in student.named_modules() if isinstance(module, Quantised) for name in module.parts}
     scales = {f"{path}_scale" for path, module in modules.items() if module.quantiser.method == "elastic"}
-    weights = FolderWeights(folder, _base_config(config), extra=scales)
+    base = _base_config(config)
+    architecture(base)
+    weights = FolderWeights(folder, base, extra=scales)
 
     def codes(name: str, weight: Tensor) -> Weight:
         if name not in modules:
@@ -136,6 +143,9 @@ def forced(origin: Origin, scale: Granularity, group: int | None) -> Origin:
     chosen = {name for name in weights.shapes if precision_of(plan, name) == "ternary"}
     if not chosen:
         raise ModelError("no weight of this model is a projection or an expert that could be ternary")
+    torn = next((name for name in sorted(chosen) if group is not None and weights.shapes[name][-1] % group), None)
+    if torn is not None:
+        raise ModelError(f"--group-size {group}: the {weights.shapes[torn][-1]} inputs of {torn} are no multiple of it: give a divisor of them")
 
     def codes(name: str, weight: Tensor) -> Weight:
         if name not in chosen:

@@ -59,7 +59,7 @@ def planned(pieces: Sequence[Piece], wanted: Precisions) -> tuple[list[Planned],
 
 def _type(piece: Piece, wanted: Precisions, notes: list[str]) -> FileType:
     width = piece.shape[-1]
-    if wanted.kind in ("f32", "f16", "bf16"):
+    if wanted.kind in ("f32", "bf16"):
         return TYPES[wanted.kind]
     group = wanted.ternary(piece.source, width)
     if group is None:

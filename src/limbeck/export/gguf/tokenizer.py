@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tokenizers.pre_tokenizers import ByteLevel
+
 from limbeck.data.tokenizer import prefix_ids
 from limbeck.errors import DataError
 
@@ -28,6 +30,8 @@ PRE = {
 }
 """llama.cpp's name by the expression that splits words and by whether a word that is a token skips the merges."""
 SPACE = "\u2581"
+NO_MERGE = "\u0120 \u0120\u0120"
+"""Stands where there are no merges, since llama.cpp wants some: nothing ever makes its right half."""
 
 
 def tokenizer_keys(tokenizer: Any, size: int, source: str = "tokenizer") -> dict[str, Any]:
@@ -41,6 +45,11 @@ def tokenizer_keys(tokenizer: Any, size: int, source: str = "tokenizer") -> dict
     model = content["model"]
     if model.get("type") != "BPE":
         raise DataError(f"{source}: is a {model.get('type')} tokenizer; GGUF files are written for byte-level BPE and SentencePiece BPE")
+    if not set(model["vocab"]) - {token["content"] for token in content["added_tokens"]}:
+        raise DataError(f"{source}: the tokenizer has no words, as where tokenizer.json is missing: put the tokenizer's files into the folder")
+    if model.get("dropout"):
+        raise DataError(f"{source}: leaves out merges at random (dropout {model['dropout']}), which llama.cpp does not: its ids would differ")
+    _check_added(content["added_tokens"], source)
     byte_level = "ByteLevel" in json.dumps(content["pre_tokenizer"])
     found = _byte_level(content, source) if byte_level else _sentencepiece(content, source)
     words, kinds = _tokens(content, size, source, byte_level)
@@ -71,7 +80,25 @@ def _listed(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     return list(part[inner]) if part["type"] == "Sequence" else [part]
 
 
+def _check_added(tokens: list[dict[str, Any]], source: str) -> None:
+    """Added tokens are found wherever they stand in a text, and nothing around them is lost."""
+    for token in tokens:
+        odd = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
+        if odd:
+            raise DataError(f"{source}: its token {token['content']!r} has {' and '.join(odd)}, which llama.cpp does not know: its ids would differ")
+
+
+def _check_pieces(model: dict[str, Any], source: str) -> None:
+    """Byte-level words are made of the letters of their bytes alone, without marks, and each byte has its letter."""
+    marks = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    if marks:
+        raise DataError(f"{source}: marks parts of words ({', '.join(marks)}), which llama.cpp's BPE does not: its ids would differ")
+    if model.get("unk_token") is not None and not set(ByteLevel.alphabet()) <= set(model["vocab"]):
+        raise DataError(f"{source}: writes {model['unk_token']!r} for bytes that it has no token for, and llama.cpp leaves them out: its ids would differ")
+
+
 def _byte_level(content: dict[str, Any], source: str) -> dict[str, Any]:
+    _check_pieces(content["model"], source)
     for step in _listed(content["normalizer"], "normalizers"):
         # llama.cpp does not normalise; text is nearly always in this form already.
         if step["type"] != "NFC":
@@ -97,7 +124,7 @@ def _byte_level(content: dict[str, Any], source: str) -> dict[str, Any]:
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": PRE[regex, skips],
-        "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in content["model"]["merges"]],
+        "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in content["model"]["merges"]] or [NO_MERGE],
     }
 
 

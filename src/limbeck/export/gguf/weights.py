@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.errors import ModelError, did_you_mean
 from limbeck.export.gguf.packing import Weight
 
+_IGNORED = re.compile(r"mtp\.|lm_head\.weight$|.*\.rotary_emb\.inv_freq$")
+"""What a folder may have besides: drafting layers, a copy of a tied head, and the rotary frequencies that older files hold."""
 Ternarise = Callable[[str, Tensor], Weight]
 """``(name, weight)`` as it is computed with: codes and scales where the model is ternary, the weight itself elsewhere."""
 
@@ -88,10 +92,22 @@ class FolderWeights:
     def _files(self) -> dict[str, Path]:
         """File by the name of a tensor on disk."""
         found: dict[str, Path] = {}
-        for path in sorted(self._folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
+        for path in self._listed():
+            with _reading(path) as file:
                 found |= dict.fromkeys(file.keys(), path)
         return found
+
+    def _listed(self) -> list[Path]:
+        """The files that transformers reads: one, or those of the index; others beside them hold the same in another form."""
+        index, one = self._folder / "model.safetensors.index.json", self._folder / "model.safetensors"
+        if one.is_file():
+            return [one]
+        if not index.is_file():
+            return sorted(self._folder.glob("*.safetensors"))
+        try:
+            return [self._folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: is no index of files ({type(error).__name__}: {error}): download or save the folder again") from error
 
     def read(self, name: str) -> Weight:
         """One tensor, or its codes and scales."""
@@ -123,7 +139,7 @@ class FolderWeights:
         return [[f"{stacked[1]}.{expert}.{part}.weight" for part in wanted] for expert in range(self.shapes[name][0])]
 
     def _tensor(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
+        with _reading(self._files[name]) as file:
             return file.get_tensor(name)
 
     def _check(self) -> None:
@@ -134,7 +150,16 @@ class FolderWeights:
                 f"{self._folder}: lacks {len(missing)} tensors of a {self.config.model_type}, such as {missing[0]}"
                 f"{did_you_mean(missing[0], self._files) or ''}: was the download or the save cut short?"
             )
-        # Drafting layers are no part of the model that transformers runs, and a tied head may be there as a copy.
-        left = sorted(name for name in set(self._files) - wanted if not name.startswith("mtp.") and name != "lm_head.weight")
+        left = sorted(name for name in set(self._files) - wanted if not _IGNORED.match(name))
         if left:
             raise ModelError(f"{self._folder}: has {len(left)} tensors that a {self.config.model_type} does not, such as {left[0]}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """An open file of tensors; one that is cut off, damaged or not there is a :class:`ModelError`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}): was the download or the save cut short?") from error

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +48,7 @@ def write_gguf(
     """Write ``path`` and ``path.json``; ``about`` goes into both (the manifest as it is, the file under ``limbeck.*``).
 
     One tensor is in memory at a time.  Raises :class:`ModelError` for a model or type that a file cannot hold and :class:`RunError`
-    for a disk without room, both before anything has the final name.
+    for a place that cannot be written and a disk without room, all before anything has the final name.
     """
     gguf_package()
     config, about = weights.config, dict(about or {})
@@ -57,10 +58,10 @@ def write_gguf(
     fields |= {f"{arch}.{key}": value for key, value in keys(config).items()} | tokenizer_keys(tokenizer, config.vocab_size, source)
     header = _header(fields, plan)
     predicted = predicted_bytes(plan, _header_bytes(fields))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(path, predicted)
     beside = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(path, predicted)
         with open(beside, "wb") as file:
             file.write(header)
             for one in plan:
@@ -72,12 +73,14 @@ def write_gguf(
         fsync(path.parent)
         write_manifest(path, manifest)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = f"{path}: the disk is full: {predicted:,} bytes were needed. Nothing was left behind; free some room or give another --output"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"{path}: the disk is full: {predicted:,} bytes were needed. Nothing was left behind; free some room or give another --output"
+        else:
+            message = f"{path}: cannot be written ({error.strerror or error}): give another --output"
         raise RunError(message) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
     return Written(path, plan, notes, manifest)
 
 

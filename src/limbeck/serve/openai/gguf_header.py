@@ -65,7 +65,9 @@ def read_header(path: Path) -> dict[str, Any]:
                 raise ModelError(f"{path}: GGUF version {version}, and {' and '.join(map(str, VERSIONS))} can be read")
             _, keys = reader.plain("Q"), reader.plain("Q")
             return {reader.string().decode(): reader.value(reader.plain("I")) for _ in range(keys)}
+    except ModelError:
+        raise
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, struct.error, KeyError, RecursionError) as error:
+    except (ValueError, struct.error, KeyError, RecursionError, OverflowError) as error:
         raise ModelError(f"{path}: is cut off or damaged ({error}): export or copy it again") from error

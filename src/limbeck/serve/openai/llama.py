@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from limbeck.errors import ModelError
 from limbeck.serve.openai.backend import Caller, Likely, Piece, TokenScore, Usage
 from limbeck.serve.openai.gguf_header import read_header
-from limbeck.serve.openai.questions import EXTRA, Question, bad, too_long
+from limbeck.serve.openai.questions import EXTRA, Question, bad, check_context, too_long
 from limbeck.serve.refusals import Refusal
 
 TAKES = frozenset(EXTRA)
@@ -29,16 +30,20 @@ SAMPLERS = ["penalties", "temperature", "top_k", "top_p", "min_p"]
 """Their order: that of transformers, so that a request means the same to both backends."""
 BATCH = 512
 """Tokens of a prompt between two looks at whether somebody still waits for the answer."""
+PADDING = 256
+"""llama.cpp rounds a context up to a multiple of it."""
 
 
 class LlamaBackend:
-    """A GGUF file.  ``context`` None: 4096, or what the model was made for if that is less; ``threads`` None: as llama.cpp likes."""
+    """A GGUF file.  ``context`` None: 4096, or what the model was made for if that is less; ``threads`` None: as llama.cpp likes;
+    ``template`` is used instead of the file's own."""
 
     takes = TAKES
 
     def __init__(
-        self, path: Path, *, name: str | None = None, context: int | None = None, parallel: int = 4, threads: int | None = None, numa: bool = False
-    ):
+        self, path: Path, *, name: str | None = None, context: int | None = None, parallel: int = 4, threads: int | None = None, numa: bool = False,
+        template: str | None = None,
+    ):  # fmt: skip
         if find_spec("xllamacpp") is None:
             raise ModelError(f"{path}: serving a GGUF file needs xllamacpp: pip install xllamacpp")
         header = read_header(path)
@@ -47,14 +52,15 @@ class LlamaBackend:
         if context is not None and self.context < context:
             raise ModelError(f"{path}: --context {context}, and the model was made for {made_for}: ask for that or less")
         self.name = name or path.stem
-        self.has_template = "tokenizer.chat_template" in header
+        self.has_template = template is not None or "tokenizer.chat_template" in header
         self.vocabulary = int(header.get("tokenizer.ggml.tokens", 0))
+        self._first: int | None = header.get("tokenizer.ggml.bos_token_id")
         # 0700, and removed with all that is in it.
         self._folder = Path(tempfile.mkdtemp(prefix="limbeck-serve-"))
-        self._server: Any = self._load(path, parallel, threads, numa)
+        self._server: Any = self._load(path, parallel, threads, numa, template)
         self._pool = ThreadPoolExecutor(parallel, "limbeck-llama")
 
-    def _load(self, path: Path, parallel: int, threads: int | None, numa: bool) -> Any:
+    def _load(self, path: Path, parallel: int, threads: int | None, numa: bool, template: str | None) -> Any:
         xllamacpp: Any = import_module("xllamacpp")
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
@@ -66,6 +72,8 @@ class LlamaBackend:
         params.ui = params.endpoint_slots = False
         params.hostnames, params.port, params.api_keys = [str(self._folder / "llama.sock")], 8080, [secrets.token_hex(32)]
         params.n_threads_http = 1
+        if template is not None:
+            params.chat_template = template
         if threads is not None:
             params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         if numa:
@@ -79,7 +87,11 @@ class LlamaBackend:
     async def pieces(self, question: Question, caller: Caller) -> AsyncGenerator[Piece]:
         """See :class:`limbeck.serve.openai.backend.Backend`."""
         if question.chat and not self.has_template:
-            raise bad("messages", f"{self.name} has no chat template: use /v1/completions, or export it with one")
+            raise bad("messages", f"{self.name} has no chat template: use /v1/completions, or serve it with --chat-template plain, or with a file")
+        if question.prompt == "":
+            if self._first is None:
+                raise bad("prompt", "is empty, and this model's tokenizer has no token that begins a text: send some text")
+            question = replace(question, prompt=[self._first])
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[Any] = asyncio.Queue()
         cut = threading.Event()
@@ -92,7 +104,7 @@ class LlamaBackend:
 
         work = loop.run_in_executor(self._pool, self._write, question, tell)
         try:
-            gathering = _Gathering(question)
+            gathering = _Gathering(question, self.context)
             while True:
                 found = gathering.piece(await caller.wait_for(chunks.get()))
                 if found is not None:
@@ -107,7 +119,7 @@ class LlamaBackend:
     def _write(self, question: Question, tell: Callable[[Any], bool]) -> None:
         handler = self._server.handle_chat_completions if question.chat else self._server.handle_completions
         try:
-            handler(_body(question), tell)
+            handler({**_body(question), "timings_per_token": bool(self.context % PADDING)}, tell)
         except Exception as error:
             # Exceptions of C++ come as RuntimeError and ValueError; that of a template or a schema is the client's business.
             tell(Refusal(400, f"llama.cpp refuses this request: {str(error).strip()[:1000]}"))
@@ -157,11 +169,15 @@ def _body(question: Question) -> dict[str, Any]:
 
 
 class _Gathering:
-    """llama.cpp's chunks as pieces; its end and its usage come apart."""
+    """llama.cpp's chunks as pieces; its end and its usage come apart.
 
-    def __init__(self, question: Question):
-        self._question = question
+    Its own context may be longer than ``context``, which is kept here: by the prompt's length, and by the count in each chunk.
+    """
+
+    def __init__(self, question: Question, context: int):
+        self._question, self._context = question, context
         self._finish: str | None = None
+        self._prompt = 0
 
     def piece(self, chunk: Any) -> Piece | None:
         """The piece of a chunk; None for one that says nothing to a client."""
@@ -173,6 +189,10 @@ class _Gathering:
             return Piece(finish=self._finish)
         if "error" in chunk:
             raise _refusal(chunk["error"])
+        progress = chunk.get("prompt_progress")
+        if progress is not None:
+            self._prompt = progress["total"]
+            check_context(self._prompt, self._context)
         choice = (chunk.get("choices") or [{}])[0]
         self._finish = choice.get("finish_reason") or self._finish
         delta = choice.get("delta", {})
@@ -183,6 +203,10 @@ class _Gathering:
         if usage is not None and self._finish is not None:
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
             return Piece(text, scores, more, self._finish, Usage(usage["prompt_tokens"], usage["completion_tokens"], cached))
+        timings = chunk.get("timings") or {}
+        written = timings.get("predicted_n", 0)
+        if self._finish is None and written and self._prompt + written >= self._context:
+            return Piece(text, scores, more, "length", Usage(self._prompt, written, timings.get("cache_n", 0)))
         return Piece(text, scores, more) if text or scores or more else None
 
     def _score(self, entry: Mapping[str, Any]) -> TokenScore:

@@ -25,6 +25,11 @@ EXTRA = {
 """Fields that some backends know, and the values that mean nothing and are let pass by all."""
 IGNORED = ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """Fields about the client's account, which change no answer."""
+TEMPLATE_OWN = frozenset((
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
+    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "self",
+))  # fmt: skip
+"""Names of ``chat_template_kwargs`` that are no variables of a template: a template of the client's own would be a program that runs here."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_STOP, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS, MAX_MESSAGES = 16, 256, 20, 4096
 
@@ -87,7 +92,7 @@ def question(body: Mapping[str, Any], limits: Limits, *, chat: bool) -> Question
         logprobs=_logprobs(body, chat),
         stream=stream,
         usage_in_stream=_stream_options(body, stream),
-        extra={name: body[name] for name in EXTRA if name in limits.takes and body.get(name) is not None},
+        extra=_extra(body, limits),
     )
 
 
@@ -116,6 +121,8 @@ def too_long(prompt: int, context: int) -> Refusal:
 def _check_characters(body: Mapping[str, Any]) -> None:
     try:
         json.dumps(body, ensure_ascii=False).encode()
+    except RecursionError:
+        raise Refusal(400, "the body is nested too deeply") from None
     except UnicodeEncodeError as error:
         raise Refusal(400, f"the body holds half a character ({error.object[error.start]!r}): send whole ones") from None
 
@@ -191,6 +198,69 @@ def _stream_options(body: Mapping[str, Any], stream: bool) -> bool:
     return _flag(options, "include_usage")
 
 
+def _extra(body: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    """Fields that the backend takes, each of the form that OpenAI gives it: what a backend would not understand it might pass over."""
+    for name in ("frequency_penalty", "presence_penalty"):
+        _number(body, name, -2, 2, None)
+    _flag(body, "parallel_tool_calls")
+    _check_bias(_object(body, "logit_bias"), limits.vocabulary)
+    _check_choice(body.get("tool_choice"), _tool_names(body.get("tools")))
+    _check_format(_object(body, "response_format"))
+    for name in _object(body, "chat_template_kwargs"):
+        if name in TEMPLATE_OWN:
+            raise bad(f"chat_template_kwargs.{name}", "is the server's business: variables of the model's own template alone can be set")
+    effort = body.get("reasoning_effort")
+    if effort is not None and not isinstance(effort, str):
+        raise bad("reasoning_effort", f"must be a string, not {_show(effort)}")
+    return {name: body[name] for name in EXTRA if name in limits.takes and body.get(name) is not None}
+
+
+def _object(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = body.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise bad(name, f"must be an object, not {_show(value)}")
+    return value or {}
+
+
+def _check_bias(bias: Mapping[str, Any], vocabulary: int) -> None:
+    for token in bias:
+        if not token.isascii() or not token.isdecimal() or len(token) > 10 or int(token) >= vocabulary:
+            raise bad("logit_bias", f"{_show(token)} is no token id of a vocabulary of {vocabulary}")
+        if _number(bias, token, -100, 100, None, path=f"logit_bias.{token}") is None:
+            raise bad(f"logit_bias.{token}", "must be a number, not None")
+
+
+def _tool_names(tools: Any) -> list[str]:
+    if tools is not None and not isinstance(tools, list):
+        raise bad("tools", f"must be a list, not {_show(tools)}")
+    for i, tool in enumerate(tools or ()):
+        if not isinstance(tool, dict) or tool.get("type") != "function" or not _are_calls([tool]):
+            raise bad(f"tools[{i}]", 'must be {"type": "function", "function": {"name", "description", "parameters"}}')
+        if not isinstance(tool["function"].get("parameters", {}), dict):
+            raise bad(f"tools[{i}].function.parameters", f"must be a JSON schema, not {_show(tool['function']['parameters'])}")
+    return [tool["function"]["name"] for tool in tools or ()]
+
+
+def _check_choice(choice: Any, names: list[str]) -> None:
+    if choice is None or choice in ("auto", "none"):
+        return
+    named = isinstance(choice, dict) and _are_calls([choice])
+    if choice != "required" and not named:
+        raise bad("tool_choice", f'must be auto, none, required, or {{"type": "function", "function": {{"name"}}}}, not {_show(choice)}')
+    if not names or (named and choice["function"]["name"] not in names):
+        raise bad("tool_choice", f"chooses what is not among the {len(names)} `tools`: send it there")
+
+
+def _check_format(form: Mapping[str, Any]) -> None:
+    if not form:
+        return
+    if form.get("type") not in ("text", "json_object", "json_schema"):
+        raise bad("response_format.type", f"{_show(form.get('type'))} is not one of text, json_object, json_schema")
+    schema = form.get("json_schema")
+    if form["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("schema"), dict)):
+        raise bad("response_format.json_schema", 'must be {"name": "...", "schema": {...}}')
+
+
 def _prompt(body: Mapping[str, Any], limits: Limits) -> str | list[int]:
     value = body.get("prompt")
     if value is None:
@@ -201,7 +271,7 @@ def _prompt(body: Mapping[str, Any], limits: Limits) -> str | list[int]:
         return value
     if not isinstance(value, list) or not value:
         raise bad("prompt", f"must be a string, or a list of token ids, not {_show(value)}")
-    if isinstance(value[0], str | list):
+    if len(value) > 1 and all(isinstance(one, str | list) for one in value):
         raise bad("prompt", f"{len(value)} prompts in one request: this server takes 1; send one request for each")
     for i, token in enumerate(value):
         if type(token) is not int or not 0 <= token < limits.vocabulary:
@@ -260,16 +330,16 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
 
 
 def _number(
-    body: Mapping[str, Any], name: str, low: float, high: float, default: float | None, *, whole: bool = False
+    body: Mapping[str, Any], name: str, low: float, high: float, default: float | None, *, whole: bool = False, path: str | None = None
 ) -> float | int | None:
-    value = body.get(name)
+    value, path = body.get(name), path or name
     if value is None:
         return default
     if type(value) not in ((int,) if whole else (int, float)):
-        raise bad(name, f"must be a {'whole ' if whole else ''}number, not {_show(value)}")
+        raise bad(path, f"must be a {'whole ' if whole else ''}number, not {_show(value)}")
     # A number such as 1e999 is an infinity to Python.
     if not low <= value <= high or (isinstance(value, float) and not math.isfinite(value)):
-        raise bad(name, f"{_show(value)} is not from {low:g} to {high:g}" if high < math.inf else f"{_show(value)} is below {low:g}")
+        raise bad(path, f"{_show(value)} is not from {low:g} to {high:g}" if high < math.inf else f"{_show(value)} is below {low:g}")
     return value
 
 
@@ -278,5 +348,5 @@ def _show(value: Any) -> str:
     if type(value) is int and abs(value) >= 10**20:
         return "a number of more than twenty digits"
     if isinstance(value, list | dict):
-        return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     return f"{value!r:.60}"

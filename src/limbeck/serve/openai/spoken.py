@@ -11,20 +11,25 @@ BROKEN = "\ufffd"
 """What a decoder writes for a part of a character."""
 PATIENCE = 8
 """Tokens after which bytes that make no character are shown as what they are."""
+BEFORE = 4
+"""Last tokens of a prompt with which the first of an answer are decoded: some tokenizers take the space from what begins a text."""
 
 
 class Spoken:
     """Takes tokens and gives out the text that is certain.
 
     Text that may be the beginning of a stop string is held back until it is clear that it is not; with a stop string the text ends
-    before it.  Scores of tokens go out with the last of their text, and those of a stop string's tokens never do.
+    before it.  Scores of tokens go out with the last of their text, and those of a stop string's tokens never do.  ``prompt`` are the
+    ids before the first of them.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids: list[int] = []
         # Ids before ``_first`` are decoded and forgotten; those up to ``_read`` are decoded again as the context of the next ones.
-        self._first = self._read = 0
+        self._first, self._ids = 0, list(prompt[-BEFORE:])
+        if self._decode(0, len(self._ids)).endswith(BROKEN):
+            self._ids.clear()
+        self._read = len(self._ids)
         self._held = ""
         self._out = 0
         self._scores: list[tuple[int, TokenScore]] = []

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
@@ -66,7 +65,8 @@ class TransformersBackend:
             raise LimbeckError(f"--context {context}: {name} was made for {made_for}: ask for that or less")
         self.name = name
         self.context = context or made_for or 4096
-        self.vocabulary = min(len(speaker.tokenizer), int(speaker.model.get_input_embeddings().weight.shape[0]))
+        self._rows = int(speaker.model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = min(len(speaker.tokenizer), self._rows)
         self.worker = Worker(1)
         self._speaker = speaker
         self._ends = end_ids(speaker.model) | ({speaker.tokenizer.eos_token_id} - {None})
@@ -95,11 +95,14 @@ class TransformersBackend:
     def _begin(self, question: Question) -> _Answer:
         ids = self._ids(question)
         check_context(len(ids), self.context)
+        if max(ids) >= self._rows:
+            raise bad("messages" if question.chat else "prompt", f"its token {max(ids)} is beyond the {self._rows} that {self.name} has embeddings for")
         acting = self._acting(question)
         ids_1T = torch.tensor([ids], device=self._speaker.model.device)
         tokens = min(question.max_tokens, self.context - len(ids))
         drawn = draws(self._speaker.model, ids_1T, tokens=tokens, sampling=question.sampling, acting=acting)
-        return _Answer(drawn, Spoken(self._speaker.tokenizer, question.stop), self._speaker.tokenizer, self._ends, tokens, len(ids), question.logprobs)
+        spoken = Spoken(self._speaker.tokenizer, question.stop, ids)
+        return _Answer(drawn, spoken, self._speaker.tokenizer, self._ends, tokens, len(ids), question.logprobs)
 
     def _ids(self, question: Question) -> list[int]:
         tokenizer = self._speaker.tokenizer
@@ -115,16 +118,17 @@ class TransformersBackend:
     def _chat_ids(self, messages: list[dict[str, Any]], question: Question) -> list[int]:
         tokenizer = self._speaker.tokenizer
         if tokenizer.chat_template is None:
-            raise bad("messages", f"{self.name} has no chat template: use /v1/completions, or put a chat_template.jinja into its folder")
+            raise bad("messages", f"{self.name} has no chat template: use /v1/completions, or serve it with --chat-template plain, or with a file")
         try:
             text = tokenizer.apply_chat_template(
                 [_parsed(message) for message in messages],
                 tools=question.extra.get("tools"),
                 add_generation_prompt=True,
                 tokenize=False,
-                **{**question.extra.get("chat_template_kwargs", {}), "return_dict": False},
+                return_dict=False,
+                **question.extra.get("chat_template_kwargs", {}),
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:
             # Templates are programs of the model's own, and fail in their own ways on what they do not expect.
             raise bad("messages", f"the chat template of {self.name} refuses them: {str(error)[:500]}") from None
         ids = list(tokenizer(text, add_special_tokens=False).input_ids)
