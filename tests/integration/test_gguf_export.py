@@ -164,6 +164,19 @@ def test_a_wrong_tensor_is_noticed(words: Path, tmp_path: Path) -> None:
 
 
 @needs_llama
+def test_a_wide_bf16_file_holds_and_one_with_a_wrong_tensor_does_not(words: Path, tmp_path: Path) -> None:
+    model = build_model({**FAMILIES["llama"], "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4})
+    file, weights = written(model, words, tmp_path / "x.gguf", "bf16")
+    rows = torch.randint(3, 300, (4, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    found = verify(file.path, weights, file.plan, load_tokenizer(str(words)), rows)
+    assert found.holds and found.median > 1e-5, found
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.copy_(model.model.layers[1].self_attn.v_proj.weight.roll(1, 0))
+    found = verify(file.path, weights, file.plan, load_tokenizer(str(words)), rows)
+    assert not found.holds and found.median > 2e-2, found
+
+
+@needs_llama
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
 def test_the_built_in_model_is_verified_with_its_own_words(kind: str, tmp_path: Path) -> None:
     lines: list[str] = []

@@ -32,6 +32,10 @@ SEED_CURL = {
 }  # fmt: skip
 
 
+def schema(inner: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": inner}}
+
+
 # --- what may be asked
 
 
@@ -139,6 +143,9 @@ def test_what_is_wrong_is_said_by_field(chat: bool, body: dict[str, Any], messag
         ("response_format", {"type": "xml"}, "response_format.type: 'xml' is not one of text, json_object, json_schema"),
         ("response_format", {"type": "json_schema"}, "response_format.json_schema: must be"),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": 5}}, "response_format.json_schema: must be"),
+        ("response_format", schema({"enum": [*range(1001)]}), "response_format.json_schema.schema: has 1001 alternatives: at most 1000"),
+        ("response_format", schema({"pattern": "^(((a{0,100}){0,100}){0,9})$"}), "response_format.json_schema.schema: repeats something 90000 times"),
+        ("response_format", schema({"items": {"maxLength": 10**6}}), "response_format.json_schema.schema: repeats something 1000000 times"),
         ("chat_template_kwargs", [1], "chat_template_kwargs: must be an object, not a list of 1"),
         ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}, "chat_template_kwargs.chat_template: is the server's business"),
         ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages: is the server's business"),
@@ -155,7 +162,8 @@ def test_what_a_backend_takes_goes_to_it_as_it_came() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}, {"type": "function", "function": {"name": "g"}}]
     given = {
         "frequency_penalty": -2, "logit_bias": {"49": -100, "0": 1.5}, "tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}},
-        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string"}}}, "chat_template_kwargs": {"enable_thinking": False},
+        "response_format": schema({"type": "string", "pattern": "^[a-z]{1,64}@[a-z]{1,255}$", "minLength": 1000, "maxLength": 2000}),
+        "chat_template_kwargs": {"enable_thinking": False},
     }  # fmt: skip
     assert question({**HI, **given}, Limits("m", 100, 50, frozenset(EXTRA)), chat=True).extra == given
 

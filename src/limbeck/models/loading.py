@@ -244,7 +244,12 @@ def build_model(
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub model, without running code from it."""
+    """The tokenizer of a folder or hub model, without running code from it.
+
+    A folder without one is a :class:`DataError`: transformers would make an empty one for some families.
+    """
+    if Path(source).is_dir() and not any((Path(source) / name).exists() for name in TOKENIZER_FILES):
+        raise _no_tokenizer(source)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
@@ -351,7 +356,7 @@ def copy_tokenizer(source: str, folder: Path) -> None:
     origin = Path(source)
     found = [origin / name for name in TOKENIZER_FILES if (origin / name).exists()]
     if origin.is_dir() and not found:
-        raise DataError(f"{source}: no tokenizer files in this folder (looked for {', '.join(TOKENIZER_FILES[:4])} ...)")
+        raise _no_tokenizer(source)
     if not _names_tokenizer_class(origin / "tokenizer_config.json"):
         load_tokenizer(source).save_pretrained(folder)
         return
@@ -360,6 +365,10 @@ def copy_tokenizer(source: str, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def _no_tokenizer(source: str) -> DataError:
+    return DataError(f"{source}: no tokenizer files in this folder (looked for {', '.join(TOKENIZER_FILES[:4])} ...)")
 
 
 def _names_tokenizer_class(path: Path) -> bool:

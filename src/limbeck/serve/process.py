@@ -31,10 +31,12 @@ def bind(host: str, port: int) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise RunError(
-            f"{host}:{port} cannot be listened on ({error.strerror or error}): choose another --port (0 takes a free one) or --host"
-        ) from error
+        raise _taken(f"{host}:{port}", error) from error
     return sock
+
+
+def _taken(place: str, error: OSError) -> RunError:
+    return RunError(f"{place} cannot be listened on ({error.strerror or error}): choose another --port (0 takes a free one) or --host")
 
 
 def url_of(sock: socket.socket) -> str:
@@ -87,7 +89,11 @@ def run(app: ASGIApp, sock: socket.socket, *, announce: Callable[[], None], stop
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        sock.listen(BACKLOG)
+        try:
+            sock.listen(BACKLOG)
+        except OSError as error:
+            # Two that are started together may both have bound it.
+            raise _taken(url_of(sock), error) from error
         announce()
         it.run(sockets=[sock])
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ TEMPLATE_OWN = frozenset((
 """Names of ``chat_template_kwargs`` that are no variables of a template: a template of the client's own would be a program that runs here."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_STOP, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS, MAX_MESSAGES = 16, 256, 20, 4096
+MAX_ALTERNATIVES, MAX_REPEATS = 1000, 2000
+"""Of a JSON schema; more of either can hold up the grammar's making, and with it everybody, for minutes."""
+_REPEATED = re.compile(r"(.)\{(?:\d*,)?(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,8 @@ def _tool_names(tools: Any) -> list[str]:
             raise bad(f"tools[{i}]", 'must be {"type": "function", "function": {"name", "description", "parameters"}}')
         if not isinstance(tool["function"].get("parameters", {}), dict):
             raise bad(f"tools[{i}].function.parameters", f"must be a JSON schema, not {_show(tool['function']['parameters'])}")
+        if reason := _too_much(tool["function"].get("parameters", {})):
+            raise bad(f"tools[{i}].function.parameters", reason)
     return [tool["function"]["name"] for tool in tools or ()]
 
 
@@ -259,6 +265,30 @@ def _check_format(form: Mapping[str, Any]) -> None:
     schema = form.get("json_schema")
     if form["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("schema"), dict)):
         raise bad("response_format.json_schema", 'must be {"name": "...", "schema": {...}}')
+    if form["type"] == "json_schema" and (reason := _too_much(form["json_schema"]["schema"])):
+        raise bad("response_format.json_schema.schema", reason)
+
+
+def _too_much(schema: Any) -> str | None:
+    """Why a schema would hold up everybody: a grammar is made of it, whose size is what its alternatives and repetitions multiply to."""
+    left, alternatives = [schema], 0
+    while left:
+        node = left.pop()
+        if isinstance(node, dict):
+            alternatives += sum(len(node[name]) for name in ("enum", "anyOf", "oneOf") if isinstance(node.get(name), list))
+            pattern = node.get("pattern")
+            counts = [node[name] for name in ("maxItems", "minItems", "maxLength", "minLength") if isinstance(node.get(name), int)]
+            if isinstance(pattern, str):
+                found = [(before, int(count[:9])) for before, count in _REPEATED.findall(pattern)]
+                # Groups may stand in each other, where their counts multiply.
+                grouped = math.prod(count for before, count in found if before == ")")
+                counts.append(max(grouped, 1) * max([1, *(count for before, count in found if before != ")")]))
+            if max(counts, default=0) > MAX_REPEATS:
+                return f"repeats something {max(counts)} times: at most {MAX_REPEATS} are taken"
+            left.extend(node.values())
+        elif isinstance(node, list):
+            left.extend(node)
+    return f"has {alternatives} alternatives: at most {MAX_ALTERNATIVES} are taken" if alternatives > MAX_ALTERNATIVES else None
 
 
 def _prompt(body: Mapping[str, Any], limits: Limits) -> str | list[int]:
