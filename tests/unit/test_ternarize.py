@@ -29,7 +29,8 @@ from limbeck.models.loading import build_model, load_model, save_model
 from limbeck.models.structure import layer_list
 from limbeck.ops.ternary import dequantised, round_token, ternary
 from limbeck.students.student import Student
-from limbeck.students.ternarize import check_exportable, dequantise, ternarize_options, ternary_weights
+from limbeck.students.ternarize import check_exportable, dequantise, settled, ternarize_options, ternary_weights
+from limbeck.students.ternary import modules
 from ranks import on_two_ranks
 
 BASE: dict[str, Any] = {"source": "tiny", "fingerprint": {}}
@@ -447,3 +448,18 @@ def _checks(rank: int, mesh: DeviceMesh) -> None:
 
 def test_two_ranks_train_and_measure_as_one(tmp_path: Path) -> None:
     on_two_ranks(_checks, tmp_path)
+
+
+def test_what_writes_text_is_quantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, ids = student_of(base_of("qwen3_moe")), tokens(2, 11)
+    wanted = logits(student.model, ids)
+    ready = settled(student.model)
+    with monkeypatch.context() as patched:
+        patched.setattr(modules, "fake_quant", None)
+        assert torch.equal(logits(ready, ids), wanted)
+    # Half way to ternary weights they are still both, and a plain model has none.
+    half = student_of(base_of("qwen3_moe"), warmup=10).model
+    before = {name: p.detach().clone() for name, p in half.named_parameters()}
+    settled(half)
+    assert all(torch.equal(p, before[name]) for name, p in half.named_parameters())
+    assert settled(plain := base_of("qwen3")) is plain

@@ -23,6 +23,7 @@ from limbeck.stages.adapting import condition_of, conditions_stage, open_conditi
 from limbeck.stages.context import StageContext
 from limbeck.stages.run import open_stage
 from limbeck.students.generator.student import GeneratorStudent, is_generator, read_record
+from limbeck.students.ternarize import settled
 
 _BEFORE = 4
 ADAPTED, BASE = "with the generated LoRA", "the base alone"
@@ -114,7 +115,7 @@ def continuations(
     else:
         _refuse_for_a_model(path, reads, compare)
         source = resolve_source(path if folder == Path(path) else str(folder))
-        writers = {"model": Writer(load_model(source), load_tokenizer(source))}
+        writers = {"model": Writer(settled(load_model(source)), load_tokenizer(source))}
     return {
         title: writer.write(writer.prompt_ids(prompt), tokens=tokens, temperature=temperature, seed=seed) for title, writer in writers.items()
     }

@@ -14,6 +14,7 @@ from limbeck.serve.openai.transformers import Acting, Speaker
 from limbeck.stages.adapting import condition_of, open_generator, static_adapter
 from limbeck.stages.generate import stage_of
 from limbeck.students.generator.student import GeneratorStudent, is_generator
+from limbeck.students.ternarize import settled
 
 
 class ConditionReader:
@@ -41,7 +42,7 @@ def open_speaker(model: str, *, dtype: str = "float32", device: str = "cpu", rev
     kind: torch.dtype = getattr(torch, dtype)
     if not is_generator(folder):
         source = resolve_source(model if folder == Path(model) else str(folder))
-        return Speaker(load_model(source, dtype=kind, device=device, revision=revision), load_tokenizer(source, revision))
+        return Speaker(settled(load_model(source, dtype=kind, device=device, revision=revision)), load_tokenizer(source, revision))
     folder = folder.resolve()
     student = open_generator(stage_of(folder), folder, None, dtype=kind)
     student.to(device)
