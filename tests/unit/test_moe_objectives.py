@@ -308,3 +308,25 @@ def test_balance_spreads_a_routing_that_began_collapsed(tmp_path: Path) -> None:
         trainer.run()
         ends[balance] = read_metrics(tmp_path / str(balance) / "metrics.jsonl")[-1]["router/cv"]
     assert ends[1.0] < 0.7 * ends[0.0001]
+
+
+def test_the_steps_own_load_is_the_same_in_one_micro_batch_and_in_many(tmp_path: Path) -> None:
+    def steps_load(name: str, **loop: Any) -> Any:
+        step = TrainStep(moe_student(), [objective("ce"), objective("moe_balance", weight=0.5, load="step")])
+        make_trainer(tmp_path / name, step, rows=Rows(30), lr=1e-3, precision="float64", steps=5, log_every=1, **loop).run()
+        return loss_trace(tmp_path / name / "metrics.jsonl"), read_metrics(tmp_path / name / "metrics.jsonl")
+
+    (whole, rows), (parts, _) = steps_load("whole"), steps_load("parts", microbatch=3)
+    assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) <= 1e-9
+    # The first step is pushed too, by what is seen of it: E sum f p of one batch, with its own f.
+    student, batch = moe_student(), make_trainer(tmp_path / "same", rows=Rows(30)).loader.next_step()
+    _, observed = forward_observed(student.model, batch, NEEDS)
+    layers = list(observed[RouterLogits].values())
+    own = torch.stack([torch.bincount(r.chosen_BTK[batch.token_mask_BT].flatten(), minlength=E) for r in layers])
+    wanted = naive("moe_balance", layers, batch.token_mask_BT, own) / batch.token_mask_BT.sum()
+    assert rows[0]["moe_balance/raw"] == pytest.approx(float(wanted), rel=1e-9) and rows[0]["router/cv"] > 0
+
+
+def test_memory_is_of_steps_before() -> None:
+    with pytest.raises(ValueError, match="`memory` is of steps before"):
+        objective("moe_balance", load="step", memory=0.5)

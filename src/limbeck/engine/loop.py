@@ -344,6 +344,11 @@ class Trainer:
         weights = self.train_step.weights(self.at.step)
         scales = [weight / max(count, 1) for weight, count in zip(weights, agreed.counts, strict=True)]
         loss: Tensor | float = 0.0
+        if self.train_step.previews:
+            for rows, _ in agreed.parts:
+                with self._compute():
+                    self.train_step.preview(rows.to(self.world.device))
+            self.train_step.settle(self.world.sum)
         for rows, given in agreed.parts:
             part = rows.to(self.world.device)
             with self._compute():

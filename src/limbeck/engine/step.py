@@ -134,8 +134,27 @@ class TrainStep(nn.Module):
             return pending.result()
         return batch, self.ask("signal", batch, self.needs) if self.teacher is not None and self.needs else Signal()
 
-    def forward(self, batch: Batch, signal: Signal, scales: Sequence[float]) -> tuple[Tensor, Metrics]:
-        """``(sum_i scales[i] * objective_i, metrics)``; metrics are detached ``(sum, count)`` pairs, the loss has count 0."""
+    @property
+    def previews(self) -> bool:
+        """Whether an objective's loss depends on something that only the whole step shows."""
+        return any(getattr(o, "previews", False) and not self._only_watched(o) for o in self.objectives)
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> None:
+        """Show a micro-batch of the coming step to the objectives that must have seen all of it; then :meth:`settle`."""
+        self(batch, None, ())
+
+    def forward(self, batch: Batch, signal: Signal | None, scales: Sequence[float]) -> tuple[Tensor, Metrics]:
+        """``(sum_i scales[i] * objective_i, metrics)``; metrics are detached ``(sum, count)`` pairs, the loss has count 0.
+
+        Without a signal it is a preview: here too, since a sharded root is whole nowhere else.
+        """
+        if signal is None:
+            looking = [o for o in self.objectives if getattr(o, "previews", False) and not self._only_watched(o)]
+            output = self.student(batch, merge_needs(need for o in looking for need in o.student_needs))
+            for objective in looking:
+                objective.preview(output, batch)
+            return torch.zeros(()), {}
         active = [i for i, o in enumerate(self.objectives) if not (torch.is_grad_enabled() and self._only_watched(o))]
         inside = merge_needs(need for i in active for need in getattr(self.objectives[i], "student_needs", ()))
         output = self.student(batch, inside) if inside else self.student(batch)

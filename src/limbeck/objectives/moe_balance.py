@@ -3,8 +3,9 @@
 ``E sum_e f_e P_e`` with ``f`` the share of (token, slot) choices that fell on expert e and ``P`` its mean probability.  Were ``f`` a
 micro-batch's own, splitting a step into micro-batches or ranks would change the loss (a small micro-batch is asked to be balanced in
 itself, which keeps experts from specialising: Qiu et al., arXiv 2501.11873).  A step's own load is known after its last forward, when
-the first graphs are gone; so ``f`` is the load of the step before, counted over all its micro-batches and ranks.  It is a constant of
-the step, which makes the loss additive over tokens, and a part of the checkpoint.
+the first graphs are gone; so ``f`` is the load of the step before, counted over all its micro-batches and ranks, or, with ``load: step``,
+that of a pass without gradients over the whole step.  It is a constant of the step, which makes the loss additive over tokens, and a
+part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class MoEBalance(RouterObjective):
     def __init__(self, options: MoEBalanceOptions):
         super().__init__(options)
         self.memory = options.memory
+        self.previews = options.load == "step"
+        """Whether the step is shown to :meth:`preview` first."""
         self._load_LE: Tensor | None = None
         self._counts_LE: Tensor | None = None
 
@@ -37,14 +40,23 @@ class MoEBalance(RouterObjective):
         first = next(iter(routing.values()))
         counts_LE = self._count(torch.stack([r.chosen_BTK for r in routing.values()]), batch, first.logits_BTE.shape[-1])
         learning = torch.is_grad_enabled()
-        if learning:
-            self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
+        if learning and not self.previews:
+            self._add(counts_LE)
         load_LE = self._load_LE
         if load_LE is None:
             # Nothing to be measured against yet: a step is not pushed, a validation of what does not train has its own load.
             load_LE = torch.ones_like(counts_LE) if learning else counts_LE
         term = summed(routing, batch, partial(balance, load_LE=load_LE))
         return LossTerm(term, {} if self._load_LE is None else self._measures(list(routing)))
+
+    def preview(self, output: Output, batch: Batch) -> None:
+        """Count a micro-batch of the step that is about to be done."""
+        routing = self.routing(output)
+        num_experts = next(iter(routing.values())).logits_BTE.shape[-1]
+        self._add(self._count(torch.stack([r.chosen_BTK for r in routing.values()]), batch, num_experts))
+
+    def _add(self, counts_LE: Tensor) -> None:
+        self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
 
     @staticmethod
     def _count(chosen_LBTK: Tensor, batch: Batch, num_experts: int) -> Tensor:

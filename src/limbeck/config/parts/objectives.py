@@ -239,8 +239,7 @@ class MoEBalanceOptions(RouterOptions):
     """Load balance of a mixture of experts: E times the sum over experts of load and mean probability, exactly 1 where a router is
     uniform; the mean over layers, so that no layer hides another.
 
-    The load is that of the whole step before (all micro-batches and ranks), so that neither changes the loss; the first step has none
-    and is not pushed.
+    The load is that of a whole step (all micro-batches and ranks), so that neither changes the loss.
     """
 
     kind: Literal["moe_balance"] = "moe_balance"
@@ -248,6 +247,15 @@ class MoEBalanceOptions(RouterOptions):
     """Factor of this loss in the sum."""
     memory: float = Field(0.0, ge=0, lt=1)
     """Share of the load so far that stays when a step's is added (a moving mean, for small batches); 0: the step before alone."""
+    load: Literal["before", "step"] = "before"
+    """Which step's: the one `before`, which costs nothing (the first step has none and is not pushed), or this `step`'s own, which a pass
+    without gradients counts first: about a third more time."""
+
+    @model_validator(mode="after")
+    def _own_step(self) -> MoEBalanceOptions:
+        if self.load == "step" and self.memory:
+            raise PydanticCustomError("moe_balance", "moe_balance: `memory` is of steps before, and `load: step` looks at none: leave one out")
+        return self
 
 
 @OBJECTIVES.register("limbeck.objectives.router_entropy:RouterEntropy")
