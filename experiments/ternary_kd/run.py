@@ -1,6 +1,6 @@
 """Ternary experts under a teacher and without, beside full precision; what shares a scale; lambda's warm-up for a pretrained start.
 
-    python experiments/ternary_kd/run.py            # an hour on one core (estimated)
+    python experiments/ternary_kd/run.py            # an hour of one core
     python experiments/ternary_kd/run.py --quick    # the machinery in a minute; proves nothing
 
 Every arm goes through the shipped engine.  A run that is interrupted goes on where it stopped.
