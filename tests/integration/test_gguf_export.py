@@ -358,7 +358,8 @@ def test_a_damaged_folder_is_named_and_not_a_traceback(words: Path, tmp_path: Pa
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickled weights only"),
         (index, "is no index of files"),
         (bert, "llama.cpp's form of 'bert' is not known here"),
-        (lambda folder: [path.unlink() for path in folder.glob("token*")], "the tokenizer has no words"),
+        (lambda folder: [path.unlink() for path in folder.glob("token*")], "no tokenizer files in this folder"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "the tokenizer has no words|no tokenizer can be loaded"),
     ]
     for number, (damage, what) in enumerate(damages):
         folder = tmp_path / str(number)
