@@ -152,3 +152,9 @@ def test_weights_stop_decaying_where_they_are_told_to(tmp_path: Path, until: flo
     trainer.run()
     # Vectors never decay.
     assert seen == [{0.1, 0.0}] * decaying + [{0.0}] * (10 - decaying)
+
+
+def test_the_log_warns_of_a_disk_that_is_nearly_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk(monkeypatch, 1.8e12, 147e9)
+    assert make_trainer(tmp_path, steps=4, checkpoint_every=2).run().exit_reason == "finished"
+    assert (tmp_path / "training.log").read_text().splitlines().count("WARNING: Disk 91% full (147GB / 1.8TB available)") == 1
