@@ -16,7 +16,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from limbeck.config.load import load_recipe, recipe_folder
-from limbeck.config.recipe import Recipe, references
+from limbeck.config.recipe import Recipe, stage_order
 from limbeck.engine.checkpoint import FINAL
 from limbeck.errors import CheckpointError, RunError, TeacherError
 from limbeck.models.loading import load_config, resolve_source
@@ -41,7 +41,10 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class DistillTernary:
-    """One run.  Every field is a flag of ``limbeck distill-ternary``, and says there what it does; None leaves what the recipe says."""
+    """One run.  Every field is a flag of ``limbeck distill-ternary``, and says there what it does.
+
+    None leaves what the recipe says (``student``), takes the machine's own (``device``), or is a share of ``total_steps`` where those are few.
+    """
 
     teacher_endpoint: str
     checkpoint_dir: Path = Path("checkpoints/qwen3-hybrid")
@@ -88,7 +91,7 @@ class DistillTernary:
         try:
             reach(recipe.stages[STAGE].teacher)
             _show_log(folder)
-            for stage in _needed(recipe):
+            for stage in stage_order(recipe, STAGE):
                 run_recipe(
                     recipe, recipe_dir=recipe_folder(self.recipe), run_dir=folder, stage=stage, fresh=fresh and stage == STAGE, say=say,
                     console=console, device=self.device,
@@ -134,7 +137,7 @@ class DistillTernary:
             "optim.groups": [{"role": "ternary", "kind": "muon", "lr": self.lr, "weight_decay": 0.1}, {"kind": "lion", "lr": self.mhc_lr}],
             "optim.schedule.warmup": min(WARMUP_STEPS, total // 10) if self.warmup_steps is None else self.warmup_steps,
             "loop.steps": total,
-            "loop.tokens": None,
+            **{f"loop.{budget}": None for budget in ("tokens", "samples", "epochs")},
             "loop.batch_tokens": rows * self.seq_len,
             "loop.microbatch": self.batch_size,
             "loop.keep_last": self.keep_last_checkpoints,
@@ -196,20 +199,6 @@ def _show_log(folder: Path) -> None:
             log.symlink_to(Path(STAGE) / log.name)
     except OSError as error:
         raise RunError(f"--checkpoint-dir {folder}: cannot be used ({error.strerror}): name a folder that can be written to") from error
-
-
-def _needed(recipe: Recipe) -> list[str]:
-    """The distilling stage and what it reads, in order."""
-    order: list[str] = []
-
-    def visit(name: str) -> None:
-        for _, other in references(recipe.stages[name]):
-            visit(other)
-        if name not in order:
-            order.append(name)
-
-    visit(STAGE)
-    return order
 
 
 def _source(word: str) -> dict[str, Any]:

@@ -158,3 +158,13 @@ def test_the_log_warns_of_a_disk_that_is_nearly_full(tmp_path: Path, monkeypatch
     disk(monkeypatch, 1.8e12, 147e9)
     assert make_trainer(tmp_path, steps=4, checkpoint_every=2).run().exit_reason == "finished"
     assert (tmp_path / "training.log").read_text().splitlines().count("WARNING: Disk 91% full (147GB / 1.8TB available)") == 1
+
+
+@pytest.mark.parametrize(("size", "shown"), [(162e9, "162GB"), (1.8e12, "1.8TB"), (999.6e6, "1GB"), (999.4e6, "999MB"), (2e15, "2PB"), (1500, "1.5kB")])
+def test_sizes_have_three_digits(size: float, shown: str) -> None:
+    assert checkpoint.space(size) == shown
+
+
+def test_a_log_that_cannot_be_written_is_said_and_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "training.log").mkdir()
+    assert make_trainer(tmp_path, steps=2).run().exit_reason == "finished"

@@ -160,8 +160,8 @@ def reference_problems(edges: dict[str, list[tuple[str, str]]], kinds: dict[str,
     return problems
 
 
-def stage_order(recipe: Recipe) -> list[str]:
-    """Stages so that each comes after the ones it names, otherwise as written."""
+def stage_order(recipe: Recipe, last: str | None = None) -> list[str]:
+    """Stages so that each comes after the ones it names, otherwise as written; with ``last`` that one and what it reads, alone."""
     order: list[str] = []
 
     def visit(name: str) -> None:
@@ -170,6 +170,6 @@ def stage_order(recipe: Recipe) -> list[str]:
                 visit(target)
             order.append(name)
 
-    for name in recipe.stages:
+    for name in recipe.stages if last is None else (last,):
         visit(name)
     return order

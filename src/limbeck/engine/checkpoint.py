@@ -111,8 +111,9 @@ def _no_space(error: BaseException) -> bool:
 
 def space(size: float) -> str:
     """``162GB``, ``1.8TB``, ``4.1MB``: three digits at most, as disks are sold."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if size >= limit:
+    for limit, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        # What three digits round up to a thousand is one of the next unit.
+        if size >= 0.9995 * limit:
             return f"{size / limit:.3g}{unit}"
     return f"{size / 1e3:.3g}kB"
 

@@ -100,9 +100,9 @@ class Progress:
     def _write(self, text: str) -> None:
         if self._path is None:
             return
-        if self._log is None:
-            self._log = self._path.open("a", encoding="utf-8")
         try:
+            if self._log is None:
+                self._log = self._path.open("a", encoding="utf-8")
             self._log.write(text + "\n")
             self._log.flush()
         except OSError as error:
