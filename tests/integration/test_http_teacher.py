@@ -238,9 +238,10 @@ def test_a_token_comes_from_the_environment_and_is_never_shown(monkeypatch: pyte
         teacher.close()
 
 
-def test_a_name_and_password_in_the_url_are_not_shown() -> None:
+def test_a_name_and_password_in_the_url_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_PASSWORD", "hidden")
     with pytest.raises(TeacherError) as refused:
-        opened(f"http://me:hidden@127.0.0.1:{free_port()}")
+        opened(f"http://me:${{env:TEACHER_PASSWORD}}@127.0.0.1:{free_port()}")
     assert "hidden" not in str(refused.value) and "Failed to connect" in str(refused.value)
 
 

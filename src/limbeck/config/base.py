@@ -160,10 +160,14 @@ def _quantity(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Hint:
-    """Annotation: what a field takes, in words, and whether it may hold ``${env:NAME}``."""
+    """Annotation: what a field takes, in words, and whether it may hold ``${env:NAME}``.
+
+    A ``secret`` one fills its variables in itself, so that they are never written down.
+    """
 
     words: str
     environment: bool = False
+    secret: bool = False
 
 
 class OneOrMany:
@@ -193,7 +197,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """Seed of a random generator."""
 
 Place = Annotated[str, Hint("text", environment=True)]
-"""A path, a hub name or an address: may hold ``${env:NAME}``."""
+"""A path or a hub name: may hold ``${env:NAME}``."""
 
 
 class From(Options):

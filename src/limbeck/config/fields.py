@@ -60,6 +60,7 @@ class ScalarShape:
     words: str
     choices: tuple[Any, ...] = ()
     environment: bool = False
+    secret: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _shape(annotation: Any, metadata: Sequence[Any]) -> Shape:
     if annotation in _WORDS:
         hint = next((m for m in metadata if isinstance(m, Hint)), None)
         words = hint.words if hint else _WORDS[annotation] + _bounds(metadata)
-        return ScalarShape(annotation, words, environment=bool(hint and hint.environment))
+        return ScalarShape(annotation, words, environment=bool(hint and hint.environment), secret=bool(hint and hint.secret))
     return AnyShape()
 
 

@@ -220,7 +220,9 @@ def _expand_environment(
     """Replace ``${env:NAME}`` in fields that allow it, in place; elsewhere, and for a missing variable, it is a problem."""
     if isinstance(node.value, str):
         if any(isinstance(shape, ScalarShape) and shape.environment for shape in found):
-            node.value = _expanded(node, path, problems, environment)
+            expanded = _expanded(node, path, problems, environment)
+            if not any(isinstance(shape, ScalarShape) and shape.secret for shape in found):
+                node.value = expanded
         elif "${env:" in node.value:
             problems.append(Problem(node.at, path, "${env:NAME} is for paths and secrets only: write the value here"))
         return

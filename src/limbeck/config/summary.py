@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil, prod
 from typing import Any
 
+from limbeck.config.address import shown
 from limbeck.config.base import From
 from limbeck.config.recipe import Recipe, stage_order
 
@@ -61,7 +62,7 @@ def _facts(recipe: Recipe, stage: Any) -> list[tuple[str, str]]:
 
 def _teacher(teacher: Any) -> str:
     """Kind, and where it is: its model, or what it is asked at."""
-    place = getattr(teacher, "model", None) or getattr(teacher, "url", "")
+    place = getattr(teacher, "model", None) or shown(getattr(teacher, "url", ""))
     return f"{teacher.kind} {_source(place)}".strip()
 
 

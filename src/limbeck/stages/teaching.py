@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.address import shown
 from limbeck.config.base import From
 from limbeck.config.parts.teachers import TEACHERS
 from limbeck.errors import RunError, TeacherError
@@ -54,7 +55,7 @@ def check_teacher_vocabulary(teacher: Any, tokenizer: Any) -> None:
         served = getattr(getattr(part, "findings", None), "tokenizer", None)
         if served is not None and served != (ours := vocabulary_digest(tokenizer)):
             raise TeacherError(
-                f"the teacher at {part.options.url} has another vocabulary than the data (digest {served[:12]} there, {ours[:12]} here): its ids "
+                f"the teacher at {shown(part.options.url)} has another vocabulary than the data (digest {served[:12]} there, {ours[:12]} here): its ids "
                 "mean other tokens; prepare the data with the teacher's own tokenizer, or serve a teacher of the same one"
             )
 

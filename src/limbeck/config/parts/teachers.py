@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from limbeck.config.address import Url
 from limbeck.config.base import Count, From, Options, Part, PartOf, Place, Seed
 from limbeck.needs import AdapterFactors, AttentionQKV, AttentionStream, Deltas, HeadHidden, InputMoments, Need, TopK
 from limbeck.registry import Registry
@@ -80,8 +81,9 @@ class HttpTeacherOptions(Part):
     """A teacher behind an HTTP endpoint: `limbeck teach`, vLLM, SGLang, or one that returns whole logits."""
 
     kind: Literal["http"] = "http"
-    url: Place
-    """Where it listens, such as `http://127.0.0.1:8100`."""
+    url: Url
+    """Where it listens, such as `http://127.0.0.1:8100`.  A name and password in it come from the environment alone:
+    `https://${env:USER}:${env:PASSWORD}@host`."""
     protocol: Literal["limbeck", "vllm", "sglang", "seed"] = "limbeck"
     """What it speaks.  `vllm` and `sglang` give log-probabilities at T = 1; `limbeck` gives logits with the partition sum of
     each temperature; `seed` is `{"input_ids", "return_logits"}`, whole vocabularies as JSON."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from limbeck.errors import TeacherError
-from limbeck.teachers.http.transport import Reply
+from limbeck.teachers.http.transport import Reply, hidden
 
 RETRIED = frozenset({408, 425, 429})
 """Of the 4xx; of the rest of them a second try would have the same answer.  All 5xx are tried again."""
@@ -54,14 +54,21 @@ class Backoff:
         return max(wait, retry_after or 0.0)
 
 
-def raise_for_status(reply: Reply, endpoint: str, hide: str | None = None) -> None:
-    """Raises :class:`Fault` for what may pass and :class:`~limbeck.errors.TeacherError`, with the server's words, for what will not."""
+def raise_for_status(reply: Reply, endpoint: str, secrets: Collection[str] = ()) -> None:
+    """Raises :class:`Fault` for what may pass and :class:`~limbeck.errors.TeacherError`, with the server's words, for what will not.
+
+    A server may say what it was sent: ``secrets`` are struck out.
+    """
     status = reply.status
     if 200 <= status < 300:
         return
-    text = server_text(reply)
-    if hide:
-        text = text.replace(hide, "***")
+    if 300 <= status < 400:
+        target = hidden(reply.headers.get("location", "nowhere"), secrets)[:_SHOWN]
+        raise TeacherError(
+            f"the teacher at {endpoint} answers {status} and points to {target}: it is not followed there, since a token goes where the recipe says "
+            "and nowhere else; if that is your server, name it in `teacher.url`"
+        )
+    text = server_text(reply, secrets)
     said = f"{status}: {text}" if text else str(status)
     if status == 413 or (status >= 500 and _MEMORY.search(text)):
         raise TooLarge(said)
@@ -80,9 +87,9 @@ def _way_out(status: int) -> str:
     return ""
 
 
-def server_text(reply: Reply) -> str:
-    """What the server says about an error, from the JSON forms in use, else its text; shortened."""
-    text = reply.body.decode("utf-8", "replace").strip()
+def server_text(reply: Reply, secrets: Collection[str] = ()) -> str:
+    """What the server says about an error, from the JSON forms in use, else its text; without ``secrets``, shortened."""
+    text = hidden(reply.body.decode("utf-8", "replace").strip(), secrets)
     try:
         said = json.loads(text)
     except ValueError:

@@ -48,7 +48,7 @@ def command_line(options: HttpTeacherOptions) -> list[str]:
     """The words that start the server."""
     asked = options.launch
     assert asked is not None and options.model is not None
-    host, port = address(options.url)
+    host, port, _ = address(options.url)
     words = [
         asked.command, "serve", options.model, "--host", host, "--port", str(port or 8000),
         "--tensor-parallel-size", str(asked.tensor_parallel),
@@ -99,7 +99,7 @@ def launch(options: HttpTeacherOptions, token: str | None) -> Launched:
 def _await_health(server: Launched, options: HttpTeacherOptions) -> None:
     asked = options.launch
     assert asked is not None
-    host, port = address(options.url)
+    host, port, _ = address(options.url)
     health = f"http://{host}:{port or 8000}/health"
     end = time.monotonic() + asked.wait
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from limbeck.config.address import shown
 from limbeck.errors import TeacherError
 from limbeck.needs import TopK
 from limbeck.teachers.documents import Ask, TopKRows
 from limbeck.teachers.http.admission import Admission, Ticket
 from limbeck.teachers.http.faults import Backoff, BadReply, Fault, TooLarge, raise_for_status
 from limbeck.teachers.http.protocols import Protocol
-from limbeck.teachers.http.transport import Reply, Transport, TransportError, shown
+from limbeck.teachers.http.transport import Reply, Transport, TransportError, hidden, secrets_of
 
 Answers = list[TopKRows | None]
 T = TypeVar("T")
@@ -96,6 +97,7 @@ class Pipeline:
         self.backoff = backoff or Backoff()
         self.endpoint = protocol.endpoint(settings.url)
         self.shown = shown(settings.url)
+        self.secrets = secrets_of(settings.url, settings.token)
         self.admission = Admission(settings.in_flight, settings.max_bytes)
         self.latencies: deque[float] = deque(maxlen=LATENCIES)
         self.counts: Counter[str] = Counter()
@@ -270,9 +272,12 @@ class Pipeline:
             get_or_post = self._transport.get(path, seconds) if body is None else self._transport.post(path, body, seconds)
             reply = await get_or_post
         except TransportError as error:
-            raise Fault(str(error), congested=error.slow and not error.unreachable) from error
+            said = hidden(str(error), self.secrets)
+            if error.large:
+                raise TooLarge(said) from error
+            raise Fault(said, congested=error.slow and not error.unreachable) from error
         self.counts["bytes"] += reply.wire_bytes
-        raise_for_status(reply, self.shown, self.settings.token)
+        raise_for_status(reply, self.shown, self.secrets)
         return reply
 
     async def reach(self, path: str, timeout: float) -> None:
@@ -280,7 +285,7 @@ class Pipeline:
         try:
             await self._transport.get(path, timeout)
         except TransportError as error:
-            raise Fault(str(error)) from error
+            raise Fault(hidden(str(error), self.secrets)) from error
 
     async def _halves(self, asks: list[Ask], need: TopK, ticket: Ticket, patience: float, fault: TooLarge) -> Answers:
         if len(asks) == 1:

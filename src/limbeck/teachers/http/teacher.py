@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from limbeck.config.address import missing, shown
 from limbeck.config.parts.teachers import HttpTeacherOptions
 from limbeck.errors import TeacherError
 from limbeck.needs import Need, TopK
@@ -62,11 +63,15 @@ class HttpTeacher:
         Raises :class:`~limbeck.errors.TeacherError` with the way out.
         """
         options = self.options
+        if variable := missing(options.url):
+            raise TeacherError(f"teacher.url: the environment variable {variable} is not set: export {variable}=… before the run")
         try:
-            address(options.url)
+            named = address(options.url).named
         except ValueError as error:
-            raise TeacherError(f"teacher.url: {options.url!r} is no address ({error})") from error
+            raise TeacherError(f"teacher.url: {shown(options.url)!r} is no address ({error})") from None
         token = self._token()
+        if token and named:
+            raise TeacherError("teacher.url has a name and password, and teacher.token_env a token: one of them can be sent, leave out the other")
         if options.launch is not None:
             self._launched = launch(options, token)
         settings = Settings(
