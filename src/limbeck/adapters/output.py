@@ -45,6 +45,11 @@ class PredictedOutput:
     delta_BF: Tensor
 
     @property
+    def checksum(self) -> Tensor:
+        """A number that says which weights made this, where there is no text to score."""
+        return self.delta_BF.float().square().sum()
+
+    @property
     def hidden_BTD(self) -> Tensor:
         """There are none: an objective that asks for them is refused."""
         raise AdapterError("this student predicts deltas and runs no model, so there is no text to judge: its objective is `delta`")

@@ -15,9 +15,11 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from limbeck.engine.determinism import derive_seed, rng_state, seed_everything, set_rng_state
 from limbeck.engine.parallel import World
 from limbeck.errors import CheckpointError
 from limbeck.files import fsync, sha256
+
+# A world of one is meant.  For good, since filters set for a while are not safe beside a save in the background.
+warnings.filterwarnings("ignore", message="torch.distributed is .*uninitialized", category=UserWarning)
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -126,11 +132,26 @@ def space_needed(tensors: dict[str, Tensor]) -> int:
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, folder: Path, world: World, *, keep_last: int, say: Callable[[str], None], note: Callable[[str], None] | None = None):
-        """``say`` takes what must be read, ``note`` what is only for the log; ``keep_last`` 0 keeps all."""
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+        say: Callable[[str], None],
+        note: Callable[[str], None] | None = None,
+    ):
+        """``say`` takes what must be read, ``note`` what is only for the log.
+
+        ``keep_last`` 0 keeps all; a multiple of ``keep_every`` steps is kept beside the last ones.
+        """
         self.folder = folder
-        self.world = world
+        self.world = world = world.for_saves()
         self.keep_last = keep_last
+        self.keep_every = keep_every
+        self._under_way: Future[None] | None = None
+        self._stager: DefaultStager | None = None
         self.say = say
         self.note = note or (lambda text: None)
         self._warned = 0
@@ -162,12 +183,58 @@ class Checkpoints:
         *,
         final: bool = False,
         beside: Callable[[Path], None] | None = None,
+        background: bool = False,
     ) -> Path:
         """Write, commit, then prune.  Raises :class:`NoSpace` when it does not fit; nothing committed is touched by that.
 
-        ``beside`` (called on every rank) puts more into the folder, which is then a part of the checkpoint.
+        ``beside`` (called on every rank) puts more into the folder, which is then a part of the checkpoint.  In the ``background`` what
+        is saved is copied to memory before this returns; how it ended is known by :meth:`finish`, and one is written at a time.
         """
+        self.finish()
         target = self.folder / (FINAL if final else step_name(step))
+        rng = rng_state()
+        if not background:
+            self._save(target, step, tensors, objectives, state, rng, beside)
+            return target
+        if self._stager is None:
+            self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        staged, kept = self._stager.stage(tensors), {name: t.detach().cpu().clone() for name, t in objectives.items()}
+        outcome: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                self._save(target, step, staged, kept, state, rng, None)
+            except BaseException as error:
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(None)
+
+        # A daemon: a process that must end is not held up by a save, which is either committed or never read.
+        threading.Thread(target=work, name=f"save {target.name}", daemon=True).start()
+        self._under_way = outcome
+        return target
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has ended in an error that :meth:`finish` has not told yet, on this rank."""
+        return self._under_way is not None and self._under_way.done() and self._under_way.exception() is not None
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Wait for the save in the background, if there is one, and raise what it failed with."""
+        outcome, self._under_way = self._under_way, None
+        if outcome is not None:
+            outcome.result(timeout)
+
+    def _save(
+        self,
+        target: Path,
+        step: int,
+        tensors: dict[str, Tensor],
+        objectives: dict[str, Tensor],
+        state: dict[str, Any],
+        rng: tuple[dict[str, Tensor], dict[str, Any]],
+        beside: Callable[[Path], None] | None,
+    ) -> None:
         owner = int(self.world.gather([os.getpid()])[0, 0])
         temporary = self.folder / f".tmp-{target.name}-{owner}"
         failure: BaseException | None = None
@@ -180,7 +247,7 @@ class Checkpoints:
             failure = error
         self._agree(failure, temporary)
         try:
-            self._write(temporary, tensors, objectives, {**state, "step": step})
+            self._write(temporary, tensors, objectives, {**state, "step": step}, rng)
             if beside is not None:
                 beside(temporary)
         except (OSError, RuntimeError, CheckpointException) as error:  # the last one is no Exception
@@ -211,7 +278,6 @@ class Checkpoints:
             self.note(f"  -> checkpoint saved to {target} ({space(size)})")
             self._prune()
         self.world.barrier()
-        return target
 
     def check_room(self, tensors: dict[str, Tensor], saves: int) -> None:
         """Raises :class:`NoSpace` if the checkpoints that a run of ``saves`` saves keeps, and the one being written, do not fit."""
@@ -241,17 +307,22 @@ class Checkpoints:
             self._warned = percent
             self.say(f"WARNING: Disk {percent}% full ({space(usage.free)} / {space(usage.total)} available)")
 
-    def _write(self, temporary: Path, tensors: dict[str, Tensor], objectives: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _write(
+        self,
+        temporary: Path,
+        tensors: dict[str, Tensor],
+        objectives: dict[str, Tensor],
+        state: dict[str, Any],
+        rng: tuple[dict[str, Tensor], dict[str, Any]],
+    ) -> None:
         rank, size = self.world.rank, self.world.size
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "torch.distributed is uninitialized": a world of one is meant
-            dcp.save(
-                tensors,
-                storage_writer=HuggingFaceStorageWriter(str(temporary / "tensors"), save_distributed=True),
-                process_group=self.world.control,
-                no_dist=size == 1,
-            )
-        rng_tensors, rng_values = rng_state()
+        dcp.save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(temporary / "tensors"), save_distributed=True),
+            process_group=self.world.control,
+            no_dist=size == 1,
+        )
+        rng_tensors, rng_values = rng
         save_file(rng_tensors, temporary / f"rng-{rank}-of-{size}.safetensors")
         (temporary / f"rng-{rank}-of-{size}.json").write_text(json.dumps(rng_values), encoding="utf-8")
         if rank == 0:
@@ -297,7 +368,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Only after a commit, only step folders, never the newest ones."""
-        old = list(saved_steps(self.folder).values())[: -self.keep_last] if self.keep_last else []
+        last = list(saved_steps(self.folder).items())[: -self.keep_last] if self.keep_last else []
+        old = [path for step, path in last if not self.keep_every or step % self.keep_every]
         for path in old:
             _remove(path)
         if old:
@@ -372,14 +444,12 @@ def load_parameters(path: Path, module: nn.Module) -> None:
 
 def _read_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load(
-                tensors,
-                storage_reader=HuggingFaceStorageReader(str(path / "tensors")),
-                process_group=world.control,
-                no_dist=world.size == 1,
-            )
+        dcp.load(
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(path / "tensors")),
+            process_group=world.control,
+            no_dist=world.size == 1,
+        )
     except CheckpointException as error:  # no Exception: it would pass every handler above
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise CheckpointError(f"{path}: its tensors cannot be read: {reason}") from None

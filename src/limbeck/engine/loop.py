@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from limbeck.config.parts.stages import LoopOptions, OptimOptions
 from limbeck.engine import optim, schedule
 from limbeck.engine.ahead import StepQueue, Upcoming
 from limbeck.engine.batches import Rows, StepLoader, num_steps, padding_like
-from limbeck.engine.checkpoint import Checkpoints, NoSpace
+from limbeck.engine.canary import Canary, changed
+from limbeck.engine.checkpoint import Checkpoints, Loaded, NoSpace
 from limbeck.engine.console import Progress, quantity
 from limbeck.engine.determinism import derive_seed, deterministic, seed_everything
 from limbeck.engine.gates import check_gate
@@ -38,6 +39,8 @@ from limbeck.types import Batch, Signal
 
 WAITING = 0.2
 """Share of the time spent waiting for the teacher above which the run says so."""
+LAST_SAVE = 60.0
+"""Seconds that a run which ends by an error waits for the save in the background."""
 MAX_SKIPS = 10
 """Steps in a row that may be skipped for a non-finite gradient."""
 
@@ -64,13 +67,14 @@ class _Position:
 @dataclass(frozen=True)
 class _Agreed:
     """A step as all ranks see it: this rank's micro-batches (as many as any rank has) with the answers that are here, global
-    counts and tokens, and why it is not done, if it is not."""
+    counts and tokens, why it is not done, if it is not, and whether a save in the background has failed."""
 
     parts: list[tuple[Batch, Signal | None]]
     counts: list[int]
     tokens: int
     stopping: bool
     failure: LimbeckError | None = None
+    unsaved: bool = False
 
 
 class Trainer:
@@ -123,6 +127,9 @@ class Trainer:
         self.warned: str | None = None
         step.to(self.world.device)
         self._shard(groups)
+        # A compiled layer is compiled again for another number of rows.
+        rows = (loop.microbatch or max(1, loader.rows_per_step // self.world.size)) if loop.compile else 1
+        self.canary = Canary(loader, world=self.world, precision=loop.precision, rows=rows) if loop.canary else None
 
     # -- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -142,7 +149,7 @@ class Trainer:
         if self.options.activation_checkpointing:
             for unit in outer_units(student):
                 recompute(unit)
-        parallelize(step, self.world, sharded_policy(self.options.precision))
+        parallelize(step, self.world, sharded_policy(self.options.precision), self.options.zero_stage)
         if self.options.compile:
             for unit in outer_units(student):
                 unit.compile()
@@ -192,9 +199,15 @@ class Trainer:
 
     def _run(self, stop: StopFlag, exact: bool) -> TrainResult:
         self.checkpoints = Checkpoints(
-            self.checkpoint_folder, self.world, keep_last=self.options.keep_last, say=self.voice.say, note=self.voice.note
+            self.checkpoint_folder,
+            self.world,
+            keep_last=self.options.keep_last,
+            keep_every=self.options.keep_every,
+            say=self.voice.say,
+            note=self.voice.note,
         )
         self._announce(exact)
+        self.exact = exact
         self._resume()
         if self.at.step < self.total:
             self.checkpoints.check_room(self._tensors(), -(-self.total // self._save_every))
@@ -203,6 +216,9 @@ class Trainer:
             self.voice.start()
             preempted = self._loop(stop, writer)
         finally:
+            with suppress(Exception):
+                # After an error: what is being written may still become whole, if the other ranks are there.
+                self.checkpoints.finish(LAST_SAVE)
             if writer is not None:
                 writer.close()
         loss = check_gate(self.folder / "metrics.jsonl", None if preempted else self.options.stop_unless, self.world)
@@ -243,6 +259,7 @@ class Trainer:
             held = {name.removeprefix(f"{label}/"): t for name, t in loaded.objectives.items() if name.startswith(f"{label}/")}
             if held:
                 objective.load_state({name: t.to(self.world.device) for name, t in held.items()})
+        self._check_canary(loaded)
         self.at = _Position(loaded.step, state["tokens"], state["skips"])
         self.loader.restore(state["position"])
         if state["total_steps"] != self.total:
@@ -255,6 +272,19 @@ class Trainer:
             )
         self.checkpoints.load_rng(loaded, self.seed)
         self.voice.say(f"resumed at step {loaded.step} from {loaded.path.name}")
+
+    def _check_canary(self, loaded: Loaded) -> None:
+        """Refuse weights that give other numbers than they did when they were saved."""
+        saved = loaded.state.get("canary")
+        if self.canary is None or saved is None:
+            return
+        alike = saved["conditions"] == self.canary.conditions(self.exact)
+        difference = changed(saved["score"], self.canary.score(self.train_step, loaded.step), alike=alike)
+        if difference is not None:
+            raise RunError(
+                f"{loaded.path} was read whole and is not what it was: {difference}.  The frozen part of the student, its code or a library has "
+                "changed: bring back what was there, start with --fresh, or go on all the same with loop.canary=false"
+            )
 
     def _calibrate(self) -> None:
         """Let objectives measure what their loss divides by, on rows spread over the data: the same ones on every rank."""
@@ -288,6 +318,8 @@ class Trainer:
             self._save(queue.position, final=True)
         while self.at.step < self.total:
             agreed = self._agree(queue.first(), stop)
+            if agreed.unsaved:
+                self._finish_save()
             if agreed.stopping or agreed.failure:
                 self._log(writer)
                 self._save(queue.position, required=True)
@@ -330,14 +362,14 @@ class Trainer:
         counts = [0] * len(self.train_step.objectives)
         if parts:
             counts = torch.stack([self.train_step.counts(part) for part, _ in parts]).sum(0).tolist()
-        flags = [int(stop.reason is not None), int(failure is not None), len(parts)]
+        flags = [int(stop.reason is not None), int(failure is not None), int(self.checkpoints.failed), len(parts)]
         table = self.world.gather([*counts, upcoming.rows.num_tokens, *flags])
-        *totals, tokens, stops, failures, _ = table.sum(0).tolist()
+        *totals, tokens, stops, failures, unsaved, _ = table.sum(0).tolist()
         if failures and failure is None:
             failure = RunError("another rank has lost its teacher; its own message says why")
         padding: list[tuple[Batch, Signal | None]] = [(padding_like(upcoming.rows), None)]
         most = int(table[:, -1].max())
-        return _Agreed([*parts, *padding * (most - len(parts))], totals, tokens, stops > 0, failure)
+        return _Agreed([*parts, *padding * (most - len(parts))], totals, tokens, stops > 0, failure, unsaved > 0)
 
     def _accumulate(self, agreed: _Agreed) -> Tensor:
         """Gradients of a step; returns this rank's share of its loss.  The only division by a token count is here."""
@@ -511,10 +543,20 @@ class Trainer:
                 self.voice.say(f"WARNING: step {self.at.step}: {warning}")
         self.window.started += time.perf_counter() - began
 
+    def _finish_save(self) -> None:
+        """Wait for the save in the background; that it did not fit is said, anything else ends the run, on every rank."""
+        try:
+            self.checkpoints.finish()
+        except NoSpace as error:
+            self.voice.say(f"WARNING: {error}.  Training goes on; the checkpoints before it are intact")
+
     def _save(self, position: dict[str, int], *, final: bool = False, required: bool = False) -> None:
         """Save; without space the run goes on with what was there, unless nothing comes after this."""
         began = time.perf_counter()
+        self._finish_save()
+        canary = self.canary and {"score": self.canary.score(self.train_step, self.at.step), "conditions": self.canary.conditions(self.exact)}
         state = {
+            "canary": canary,
             "tokens": self.at.tokens,
             "skips": self.at.skips,
             "position": position,
@@ -531,8 +573,16 @@ class Trainer:
             for name, tensor in objective.state().items()
         }
         try:
-            beside = self.beside_final if final else None
-            self.checkpoints.save(self.at.step, self._tensors(), objectives, state, final=final, beside=beside)
+            self.checkpoints.save(
+                self.at.step,
+                self._tensors(),
+                objectives,
+                state,
+                final=final,
+                beside=self.beside_final if final else None,
+                # What nothing comes after is there when this returns.
+                background=self.options.save_in_background and not final and not required,
+            )
         except NoSpace as error:
             if final or required:
                 raise RunError(f"{error}.  Step {self.at.step} is not saved; the checkpoints before it are intact") from error

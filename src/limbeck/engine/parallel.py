@@ -7,8 +7,10 @@ summed over ranks, never averaged (losses are already divided by global counts);
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -23,17 +25,27 @@ from limbeck.errors import RunError
 
 PATIENCE = 24 * 3600.0
 """Seconds that ranks wait for what the first does alone."""
+TIMEOUT = 600.0
+"""Seconds that ranks wait for each other in training; `LIMBECK_RANK_TIMEOUT` sets another number."""
+ROLL_CALL = 15.0
+"""Seconds in which a rank must answer when it is asked whether it is still there."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run.  ``control`` is a gloo group for what ranks agree on; training's own group never carries it."""
+    """The ranks of a run, and three gloo groups beside the one that training's own sums go through.
+
+    ``control`` is for what ranks agree on at every step, and gives up on a rank that does not come; ``patient`` waits for what the
+    first rank does alone; ``saving`` belongs to checkpoints, which may be written while the next steps are done.
+    """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None
+    saving: dist.ProcessGroup | None = None
 
     def gather(self, values: list[int]) -> Tensor:
         """Every rank's integers, int64 ``[size, len(values)]`` on the CPU."""
@@ -52,29 +64,74 @@ class World:
         return values
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait for every rank, for as long as the first may be at work alone."""
         if self.size > 1:
-            dist.barrier(group=self.control)
+            dist.barrier(group=self.patient or self.control)
+
+    def for_saves(self) -> World:
+        """The same ranks, talking over the group of checkpoints alone: two threads on one group would take each other's messages."""
+        group = self.saving or self.control
+        return replace(self, control=group, patient=group)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """What a rank that died or hangs does to the others ends here as an error that names it."""
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises plain RuntimeErrors, and says so in their text alone.
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise RunError(f"{self._roll_call()}: this rank stops too.  What was saved is intact; the same command goes on from there") from error
+
+    def _roll_call(self) -> str:
+        """Which ranks do not answer any more, in words.  The first rank knows of all, the others of the first."""
+        try:
+            dist.monitored_barrier(group=self.patient or self.control, timeout=timedelta(seconds=ROLL_CALL), wait_all_ranks=True)
+        except RuntimeError as error:
+            found = re.search(r"[Rr]anks? ([\d, ]+) failed", str(error))
+            if found and self.rank == 0:
+                gone = found[1].strip(" ,")
+                return f"rank{'s' if ',' in gone else ''} {gone} of {self.size} died or hang{'' if ',' in gone else 's'}"
+            return "rank 0 died or hangs, or another rank that it names" if self.rank else "another rank died or hangs"
+        return "the ranks lost touch with each other (a network that failed, or a rank that was too slow)"
 
 
-def connect(device: str | torch.device | None = None, timeout: float = 600) -> World:
+def connect(device: str | torch.device | None = None, timeout: float | None = None) -> World:
     """Join the run that ``torchrun`` or Slurm started, or be a world of one.
 
-    ``timeout`` seconds bound every wait of training for a rank that died.  What ranks agree on beside it may wait longer: the first
-    rank may be judging, or writing 80B parameters, while the others wait; whoever started them ends all when one dies.
+    ``timeout`` seconds (:data:`TIMEOUT`) bound every wait of training for a rank that died or hangs.  What ranks agree on beside it may
+    wait longer: the first rank may be judging, or writing 80B parameters, while the others wait.
     """
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if size == 1:
         return World(kind)
+    seconds = _timeout() if timeout is None else timeout
     if kind.type == "cuda":
-        kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local = os.environ.get("LOCAL_RANK", "0")
+        kind = torch.device("cuda", int(local))
         torch.cuda.set_device(kind)
+        if cache := os.environ.get("TRITON_CACHE_DIR"):
+            # Ranks that compile the same kernel into one folder read each other's half-written files.
+            os.environ["TRITON_CACHE_DIR"] = os.path.join(cache, f"rank-{local}")
+    bound, patience = timedelta(seconds=seconds), timedelta(seconds=max(seconds, PATIENCE))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=bound)
     mesh = init_device_mesh(kind.type, (size,))
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout, PATIENCE)))
-    return World(kind, dist.get_rank(), size, mesh, control)
+    control, patient, saving = (dist.new_group(backend="gloo", timeout=t) for t in (bound, patience, patience))
+    return World(kind, dist.get_rank(), size, mesh, control, patient, saving)
+
+
+def _timeout() -> float:
+    given = os.environ.get("LIMBECK_RANK_TIMEOUT", "")
+    try:
+        seconds = float(given or TIMEOUT)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise RunError(f"LIMBECK_RANK_TIMEOUT: {given!r} is no number of seconds; it must be above 0, or unset for {TIMEOUT:g}")
+    return seconds
 
 
 def _shard(unit: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
@@ -98,17 +155,18 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     return max(lists, key=lambda members: sum(p.numel() for m in members for p in m.parameters()), default=[])
 
 
-def parallelize(step: TrainStep, world: World, policy: MixedPrecisionPolicy) -> None:
+def parallelize(step: TrainStep, world: World, policy: MixedPrecisionPolicy, zero_stage: int = 3) -> None:
     """Shard a step's student and its teacher, each on its own, over ``world``.
 
-    Optimisers are built afterwards: sharding replaces the parameters.
+    ZeRO 3 puts a student's gathered blocks away after their forward pass, 1 and 2 keep them for the backward pass; gradients and
+    optimiser state are sharded in all three.  Optimisers are built afterwards: sharding replaces the parameters.
     """
     if world.mesh is None:
         return
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     for unit in _inner_first(step.student, step.student.units()):
         # A network that computes in float32 by itself must not find its parameters rounded.
-        _shard(unit, world.mesh, whole if getattr(unit, "keeps_precision", False) else policy, reshard=True)
+        _shard(unit, world.mesh, whole if getattr(unit, "keeps_precision", False) else policy, reshard=zero_stage == 3)
     # A streaming step calls its mixers directly, each a root of its own; the student around them is only stored sharded.
     root = step.student if isinstance(step, StreamingTrainStep) else step
     _shard(root, world.mesh, policy, reshard=False)

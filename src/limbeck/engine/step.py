@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import RunError
 from limbeck.needs import Need, merge_needs
+from limbeck.ops.fused import linear_cross_entropy
 from limbeck.types import Batch, LossTerm, Metric, Pending, Signal, Teacher
 
 Metrics = dict[str, Metric]
@@ -144,11 +145,20 @@ class TrainStep(nn.Module):
         """Show a micro-batch of the coming step to the objectives that must have seen all of it; then :meth:`settle`."""
         self(batch, None, ())
 
-    def forward(self, batch: Batch, signal: Signal | None, scales: Sequence[float]) -> tuple[Tensor, Metrics]:
+    def score(self, batch: Batch) -> Tensor:
+        """Summed cross-entropy of the student alone (what it has instead, where no text comes out): a number that says which weights these are."""
+        return self(batch, None, None)[0]
+
+    def forward(self, batch: Batch, signal: Signal | None, scales: Sequence[float] | None) -> tuple[Tensor, Metrics]:
         """``(sum_i scales[i] * objective_i, metrics)``; metrics are detached ``(sum, count)`` pairs, the loss has count 0.
 
-        Without a signal it is a preview: here too, since a sharded root is whole nowhere else.
+        Without a signal it is a preview, without scales a score: here too, since a sharded root is whole nowhere else.
         """
+        if scales is None:
+            output = self.student(batch)
+            if hasattr(output, "checksum"):
+                return output.checksum, {}
+            return linear_cross_entropy(output.hidden_BTD.flatten(0, 1), output.head, batch.labels_BT.flatten())[0], {}
         if signal is None:
             looking = [o for o in self.objectives if getattr(o, "previews", False) and not self._only_watched(o)]
             output = self.student(batch, merge_needs(need for o in looking for need in o.student_needs))
@@ -204,6 +214,10 @@ class StreamingTrainStep(TrainStep):
     def answer(self, batch: Batch) -> tuple[Batch, Signal]:
         """Nothing: the teacher answers while it runs."""
         return batch, Signal()
+
+    def score(self, batch: Batch) -> Tensor:
+        """The summed loss of all mixers: they are called one by one here, and never by the student around them."""
+        return torch.as_tensor(self.run(batch, Signal(), [1.0])["loss"][0])
 
     def run(self, batch: Batch, signal: Signal, scales: Sequence[float]) -> Metrics:
         """One pass of the teacher; every visited layer that has a mixer is trained on the spot."""

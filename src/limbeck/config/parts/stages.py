@@ -201,11 +201,22 @@ class LoopOptions(Options):
     """Steps between checkpoints; by default ten a run and at least every 1000 steps."""
     keep_last: int = Field(2, ge=0)
     """Checkpoints kept, 0 for all (the final one is always kept).  A run that cannot have one more beside them does not start."""
+    keep_every: int | None = Field(None, ge=1)
+    """Keep for good, beside the last ones, every checkpoint whose step is a multiple of this: cheap frequent ones to go on from, rare ones to
+    go back to."""
+    save_in_background: bool = False
+    """Copy what is saved to memory and write it while the next steps are done: training waits for the copy alone, and host memory for
+    one more set of weights and optimiser state is needed."""
+    canary: bool = True
+    """Score the first row when a checkpoint is written and again when it has been read: weights that give other numbers are refused."""
     checkpoints: Place | None = None
     """Folder of the checkpoints, `step_N/` and `final/`: on another disk, say.  By default `checkpoints/` in the stage's own."""
     on_out_of_memory: Literal["stop", "halve"] = "stop"
     """`stop`: the run ends and says which micro-batch fits; `halve`: it goes on with that one, which takes the same steps in more
     passes.  On one rank; of several, each would have to know when another has failed."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """On several ranks: 3 shards parameters, gradients and optimiser state, and puts gathered blocks away after the forward pass; 2 (and 1,
+    here the same) keeps them for the backward pass, which needs more memory and less communication."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A non-finite gradient stops the run, or skips the step (at most ten in a row)."""
     stop_unless: StopUnless | None = None
