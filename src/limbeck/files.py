@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 def sha256(path: Path) -> str:
@@ -70,6 +70,14 @@ def _link(source: str, target: str) -> str:
     return str(shutil.copy2(source, target))
 
 
+def inside(folder: Path, name: object) -> Path | None:
+    """The file that a name from a file or a request means below a folder; None for one that is no name, or leads out of it."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        return None
+    parts = PurePosixPath(name).parts
+    return None if not parts or ".." in parts or parts[0].startswith("/") else folder / name
+
+
 def listing(folder: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of every file below a folder, by its path in it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -79,7 +87,9 @@ def listing(folder: Path) -> dict[str, tuple[int, str]]:
 def damage(folder: Path, files: Mapping[str, tuple[int, str]], *, verify: bool) -> str | None:
     """What is wrong with the listed files of a folder, or None; contents are read with ``verify``."""
     for name, (size, digest) in files.items():
-        file = folder / name
+        file = inside(folder, name)
+        if file is None:
+            return f"{folder}: its list of files names {name!r:.80}, which is not in this folder"
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             return f"{file}: is missing" if found is None else f"{file}: has {found} bytes instead of {size}"

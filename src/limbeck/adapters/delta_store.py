@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from limbeck.files import write_atomically
 
 MANIFEST, PROBES, MOMENTS = "manifest.json", "probes.safetensors", "moments.safetensors"
 FORMAT = 1
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 class DeltaCache:
@@ -40,7 +42,9 @@ class DeltaCache:
         return self.path(key).is_file()
 
     def path(self, key: str) -> Path:
-        """Where a key's numbers lie."""
+        """Where a key's numbers lie; a key of a manifest that leads elsewhere is an error."""
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise AdapterError(f"{self.folder / MANIFEST}: {key!r:.80} is no key of a delta: remove the file, and they are listed again when measured")
         return self.folder / f"{key}.npy"
 
     def get(self, key: str) -> np.ndarray | None:
@@ -55,9 +59,10 @@ class DeltaCache:
 
     def put(self, key: str, numbers: np.ndarray) -> None:
         """Keep float32 numbers."""
+        path = self.path(key)
         beside = self.folder / f".{key}.{os.getpid()}.npy"
         np.save(beside, np.ascontiguousarray(numbers, dtype=np.float32))
-        os.replace(beside, self.path(key))
+        os.replace(beside, path)
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from limbeck.adapters.peft_files import read_peft_file
 from limbeck.adapters.spec import Adapters, cat
 from limbeck.errors import AdapterError
-from limbeck.files import write_atomically
+from limbeck.files import inside, write_atomically
 
 MANIFEST = "pool.json"
 FORMAT = 1
@@ -83,6 +83,8 @@ def read_pool(folder: Path) -> Pool:
         raise AdapterError(f"{folder / MANIFEST}: cannot be read as a pool of adapters ({error}): run its train_adapters stage again with --fresh") from error
     if record.get("format") != FORMAT:
         raise AdapterError(f"{folder / MANIFEST}: format {record.get('format')}, this version reads {FORMAT}")
+    if strange := [entry.folder for entry in entries if inside(folder, entry.folder) is None]:
+        raise AdapterError(f"{folder / MANIFEST}: an adapter's folder is {strange[0]!r:.80}, outside the pool: run its train_adapters stage again with --fresh")
     return Pool(folder, entries, record["base"], record["mode"])
 
 

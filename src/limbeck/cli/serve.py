@@ -21,7 +21,7 @@ def serve(
         str | None, typer.Argument(metavar="MODEL", help="FILE.gguf, RUN/STAGE, a model folder, builtin:NAME, or a hub name.", show_default=False)
     ] = None,
     model_option: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same, as an option.", show_default=False)] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one of this machine.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one of this machine (with a token).")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What the model is called in requests; by default as its file.", show_default=False)] = None,
     api_key_env: Annotated[str, typer.Option(metavar="NAME", help="Environment variable with the key that requests must carry.")] = KEY,
@@ -65,7 +65,7 @@ def serve(
     source = model or model_option
     assert source is not None
     from limbeck.serve.gate import check_token
-    from limbeck.serve.process import bind, run, url_of
+    from limbeck.serve.process import bind, refuse_strangers, run, url_of
 
     token = check_token(os.environ.get(api_key_env), api_key_env)
     if token is None and api_key_env != KEY:
@@ -76,6 +76,7 @@ def serve(
 
         template = read_template(chat_template)
     sock = bind(host, port)
+    refuse_strangers(sock, token, api_key_env)
     if source.endswith(".gguf") or Path(source).is_file():
         _refuse(dtype=dtype != "float32", device=device is not None, revision=revision is not None)
         backend = _gguf(Path(source), name=name, context=context, parallel=parallel, threads=threads, numa=numa_aware, template=template)
@@ -89,8 +90,6 @@ def serve(
         backend, vocabulary=backend.vocabulary, parallel=parallel, queue=queue, max_tokens=max_tokens, max_body=max_body, grace=grace, token=token,
         log_every=log_every, say=lambda line: typer.echo(f"limbeck serve: {line}", err=True),
     )  # fmt: skip
-    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
-        typer.echo(f"limbeck serve: no {KEY} is set: whoever reaches {url_of(sock)} may use this server", err=True)
     typer.echo(f"limbeck serve: {backend.name}, context {backend.context}, {parallel} answers at once, {queue} requests at most", err=True)
 
     def announce() -> None:

@@ -16,7 +16,7 @@ TOKEN = "LIMBECK_TEACH_TOKEN"
 
 def teach(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="RUN/STAGE, a model folder, builtin:NAME, or a hub name.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one of this machine.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one of this machine (with a token).")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8100,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights and the forward; logits are float32 or better.")
@@ -51,10 +51,11 @@ def teach(
     if absent:
         raise LimbeckError(f"`limbeck teach` needs {', '.join(absent)}: pip install 'limbeck[serve]'")
     from limbeck.serve.gate import check_token
-    from limbeck.serve.process import bind, run, url_of
+    from limbeck.serve.process import bind, refuse_strangers, run, url_of
 
     token = check_token(os.environ.get(TOKEN), TOKEN)
     sock = bind(host, port)
+    refuse_strangers(sock, token, TOKEN)
 
     import torch
 
@@ -73,8 +74,6 @@ def teach(
         scorer, name, max_top_k=max_top_k, max_tokens=max_tokens, max_values=max_values, queue=queue, token=token,
         log_every=log_every, say=lambda line: typer.echo(f"limbeck teach: {line}", err=True),
     )  # fmt: skip
-    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
-        typer.echo(f"limbeck teach: no {TOKEN} is set: whoever reaches {host}:{port} may use this server", err=True)
     typer.echo(
         f"limbeck teach: {name} in {dtype} on {scorer.model.device}, vocabulary {service.vocabulary}, digest {service.digest}", err=True
     )

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from limbeck.errors import DataError, ModelError, did_you_mean
-from limbeck.files import put_in_place, sha256
+from limbeck.files import inside, put_in_place, sha256
 from limbeck.models.experts import pin_experts
 from limbeck.models.limbeck_model import HybridMixin, pin_attention
 from limbeck.models.strict import check_loading
@@ -119,6 +119,8 @@ def load_model(
         raise ModelError(
             f"{source}: cannot be loaded ({type(error).__name__}: {_first_line(error)}){_way_out(source)}"
         ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"{source}: is an adapter of another model, which was loaded in its place: name the base, and merge the adapter first")
     check_loading(model, info, source)
     model.to(device)
     model.eval()
@@ -190,6 +192,52 @@ def check_folder(source: str) -> None:
             if any(folder.glob(pattern)):
                 raise ModelError(f"{source}: has {what} only, which Limbeck does not read; {way}")
         raise ModelError(f"{source}: has a config.json and no weights (*.safetensors); was the download or the save cut short?")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{source}: has an adapter_config.json beside its weights, so that transformers would load another model, which that file names: "
+            "remove it, or put the adapter into a folder of its own"
+        )
+    weight_files(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights of a local folder from; others beside them hold the same in another form.
+
+    Raises:
+        ModelError: an index that cannot be read, or names what is no safetensors file of this folder (transformers would go where it
+            points, and unpickle what it finds there).
+    """
+    named = _json_object(folder / "config.json", f"{folder}: its config.json cannot be read").get("transformers_weights")
+    one, index = folder / (named or "model.safetensors"), folder / "model.safetensors.index.json"
+    if named is not None:
+        _check_weight_file(folder, folder / "config.json", "transformers_weights", named)
+        return [one]
+    if one.is_file():
+        return [one]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    weights = _json_object(index, wrong := f"{index}: is no index of files").get("weight_map")
+    if not isinstance(weights, dict):
+        raise ModelError(f"{wrong} (it has no `weight_map`): download or save the folder again")
+    for name in weights.values():
+        _check_weight_file(folder, index, "weight_map", name)
+    return [folder / name for name in sorted(set(weights.values()))]
+
+
+def _check_weight_file(folder: Path, where: Path, field: str, name: Any) -> None:
+    if inside(folder, name) is None or not name.endswith(".safetensors"):
+        raise ModelError(f"{where}: {field} names {name!r:.80}: weights are *.safetensors files in the same folder; get the model from who made it")
+
+
+def _json_object(path: Path, wrong: str) -> dict[str, Any]:
+    """A file's JSON object, or an error that begins with ``wrong``."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{wrong} ({type(error).__name__}: {_first_line(error)}): download or save the folder again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{wrong} (a JSON {type(found).__name__}, not an object): download or save the folder again")
+    return found
 
 
 def _way_out(source: str) -> str:

@@ -11,6 +11,7 @@ from limbeck.engine.metrics import read_metrics
 from limbeck.errors import CheckpointError
 from limbeck.evaluation.table import contexts, percent, point, recall_points, size
 from limbeck.evaluation.table import tokens as token_count
+from limbeck.files import inside
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def read_run(path: Path) -> Run:
         raise CheckpointError(f"{path}: not a run directory, it has no recipe.json; name a folder that `limbeck run` made")
     stages = []
     for name in recipe.get("stages", {}):
-        folder = path / name
+        folder = inside(path, name)
+        if folder is None:
+            raise CheckpointError(f"{path / 'recipe.json'}: a stage is called {name!r:.80}, which leads out of the run: this is no recipe of `limbeck run`")
         record = _json(folder / "stage.json")
         if record is not None:
             stages.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -9,14 +11,18 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from limbeck.errors import RunError
 
 BACKLOG = 1024
 KEEP_ALIVE = 75
 """Seconds for which an idle connection stays open: longer than a training step, so that clients find theirs open."""
+HEAD_SECONDS = 60.0
+"""Until the head of a request must have arrived."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -39,10 +45,51 @@ def _taken(place: str, error: OSError) -> RunError:
     return RunError(f"{place} cannot be listened on ({error.strerror or error}): choose another --port (0 takes a free one) or --host")
 
 
+def refuse_strangers(sock: socket.socket, token: str | None, variable: str) -> None:
+    """Raises :class:`RunError` for an address that other machines reach and no token that they would have to know."""
+    if token is None and not ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback:
+        where = url_of(sock)
+        sock.close()
+        raise RunError(
+            f"{where} is reached from other machines, and whoever reaches it could use this server: put a token into {variable} (clients send "
+            "`Authorization: Bearer TOKEN`), or leave --host out to listen on 127.0.0.1 alone"
+        )
+
+
 def url_of(sock: socket.socket) -> str:
     """``http://HOST:PORT`` of a bound socket."""
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which waits for the rest of a request's head for ever, with an end to that."""
+
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A head must come now."""
+        super().connection_made(transport)
+        self._mind_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Part of a head, or the rest of it."""
+        super().data_received(data)
+        self._mind_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
+        super().connection_lost(exc)
+        if self._head is not None:
+            self._head.cancel()
+
+    def _mind_head(self) -> None:
+        waits = self.conn.their_state is h11.IDLE
+        if waits and self._head is None:
+            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif not waits and self._head is not None:
+            self._head.cancel()
+            self._head = None
 
 
 class Server(uvicorn.Server):
@@ -63,6 +110,7 @@ def server(app: ASGIApp, *, stopping: Callable[[], None], grace: float) -> Serve
     return Server(
         uvicorn.Config(
             app,
+            http=Connection,
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.errors import ModelError, did_you_mean
 from limbeck.export.gguf.packing import Weight
+from limbeck.models.loading import weight_files
 
 _IGNORED = re.compile(r"mtp\.|lm_head\.weight$|.*\.rotary_emb\.inv_freq$")
 """What a folder may have besides: drafting layers, a copy of a tied head, and the rotary frequencies that older files hold."""
@@ -92,22 +92,10 @@ class FolderWeights:
     def _files(self) -> dict[str, Path]:
         """File by the name of a tensor on disk."""
         found: dict[str, Path] = {}
-        for path in self._listed():
+        for path in weight_files(self._folder):
             with _reading(path) as file:
                 found |= dict.fromkeys(file.keys(), path)
         return found
-
-    def _listed(self) -> list[Path]:
-        """The files that transformers reads: one, or those of the index; others beside them hold the same in another form."""
-        index, one = self._folder / "model.safetensors.index.json", self._folder / "model.safetensors"
-        if one.is_file():
-            return [one]
-        if not index.is_file():
-            return sorted(self._folder.glob("*.safetensors"))
-        try:
-            return [self._folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: is no index of files ({type(error).__name__}: {error}): download or save the folder again") from error
 
     def read(self, name: str) -> Weight:
         """One tensor, or its codes and scales."""

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from limbeck.errors import TeacherError
+from limbeck.config.yaml_nodes import decode, parse
+from limbeck.errors import Problem, TeacherError
 from limbeck.teachers.documents import Ask, TopKRows
 from limbeck.teachers.store.bits import bits_for
 from limbeck.teachers.store.codecs import log_sum
@@ -73,14 +74,14 @@ class Compression:
     def read(cls, path: Path) -> Compression:
         """From ``compression_config.yaml``.  TeacherError for one that cannot be read."""
         try:
-            record = yaml.safe_load(path.read_text(encoding="utf-8"))
+            record = _record(path)
             bins = tuple(Bin(**b) for b in record.pop("residual_bins", None) or ())
             terms = tuple(record.pop("polynomial_terms", None) or ())
             found = cls(**record, residual_bins=bins, polynomial_terms=terms)
             dtypes = {found.exact_dtype, found.term_dtype, *(b.scale_dtype for b in bins)}
         except FileNotFoundError as error:
             raise TeacherError(f"{path}: not there; DistillKit writes it beside its parquet files, or give the compression by hand") from error
-        except (yaml.YAMLError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, TypeError, AttributeError, OSError) as error:
             raise TeacherError(f"{path}: not a DistillKit compression config ({error})") from error
         if unknown := dtypes - set(WIDTHS):
             raise TeacherError(f"{path}: unknown dtype {', '.join(sorted(unknown))}; known: {', '.join(WIDTHS)}")
@@ -308,6 +309,18 @@ def _pack_high_first(values: np.ndarray, bits: int) -> np.ndarray:
 def _unpack_high_first(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     marks = np.unpackbits(np.ascontiguousarray(data), axis=1, count=count * bits).reshape(len(data), count, bits)
     return marks.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """A mapping of YAML, bounded as recipes are: a few lines of aliases can mean more than memory holds."""
+    problems: list[Problem] = []
+    text = decode(path.read_bytes(), str(path), problems)
+    root = None if text is None else parse(text, str(path), problems)
+    if problems or root is None or not isinstance(root.value, dict):
+        raise ValueError("; ".join(map(str, problems[:3])) or "it is no mapping")
+    found = root.plain()
+    assert isinstance(found, dict)
+    return found
 
 
 def _column_cutter(data: np.ndarray) -> Any:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,6 +18,8 @@ from limbeck.teachers.store.codecs import CODECS, Codec, Layout
 
 FORMAT = 1
 NAME = "manifest.json"
+_FILE = re.compile(r"[0-9]{2}/[^/\\]+\.shard")
+"""Names of finished files: a manifest lists nothing outside its folder."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         if version != FORMAT:
             raise TeacherError(f"{path}: format {version}, and this version reads {FORMAT}: capture again")
         raise TeacherError(damaged)
+    if strange := [shard.file for shard in manifest.shards if not _FILE.fullmatch(str(shard.file))]:
+        raise TeacherError(f"{path}: lists {strange[0]!r:.80}, which is no file of a store (00/00000.shard): set {folder} aside and capture again")
     return manifest
 
 
