@@ -7,9 +7,8 @@ summed over ranks, never averaged (losses are already divided by global counts);
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -85,16 +84,38 @@ class World:
             raise RunError(f"{self._roll_call()}: this rank stops too.  What was saved is intact; the same command goes on from there") from error
 
     def _roll_call(self) -> str:
-        """Which ranks do not answer any more, in words.  The first rank knows of all, the others of the first."""
+        """Which ranks do not answer any more, in words: each tells the first that it is there, and the first tells them all who is not."""
+        group, seconds = self.patient or self.control, timedelta(seconds=ROLL_CALL)
+        if self.rank:
+            gone = torch.zeros(self.size, dtype=torch.int64)
+            try:
+                dist.send(torch.ones(1, dtype=torch.int64), 0, group=group)
+                _received(dist.irecv(gone, 0, group=group), 3 * seconds)
+            except RuntimeError:
+                gone[0] = 1
+        else:
+            gone = torch.tensor([0, *(1 - self._answers(rank, seconds) for rank in range(1, self.size))])
+            for rank in range(1, self.size):
+                with suppress(RuntimeError):
+                    if not gone[rank]:
+                        dist.send(gone, rank, group=group)
+        missing = gone.nonzero().flatten().tolist()
+        if not missing:
+            return "the ranks lost touch with each other (a network that failed, or a rank that was too slow)"
+        names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self.size}"
+        return f"{names} {'have' if len(missing) > 1 else 'has'} died or hang{'' if len(missing) > 1 else 's'} (a message of its own, if there is one, says why)"
+
+    def _answers(self, rank: int, seconds: timedelta) -> bool:
         try:
-            dist.monitored_barrier(group=self.patient or self.control, timeout=timedelta(seconds=ROLL_CALL), wait_all_ranks=True)
-        except RuntimeError as error:
-            found = re.search(r"[Rr]anks? ([\d, ]+) failed", str(error))
-            if found and self.rank == 0:
-                gone = found[1].strip(" ,")
-                return f"rank{'s' if ',' in gone else ''} {gone} of {self.size} died or hang{'' if ',' in gone else 's'}"
-            return "rank 0 died or hangs, or another rank that it names" if self.rank else "another rank died or hangs"
-        return "the ranks lost touch with each other (a network that failed, or a rank that was too slow)"
+            _received(dist.irecv(torch.zeros(1, dtype=torch.int64), rank, group=self.patient or self.control), seconds)
+        except RuntimeError:
+            return False
+        return True
+
+
+def _received(work: dist.Work | None, seconds: timedelta) -> None:
+    assert work is not None
+    work.wait(seconds)
 
 
 def connect(device: str | torch.device | None = None, timeout: float | None = None) -> World:
