@@ -85,7 +85,7 @@ class PartOf:
                     "unknown {what} {kind}{hint} allowed: {known}",
                     {
                         "what": self.registry.kind,
-                        "kind": repr(kind),
+                        "kind": _short(repr(kind)),
                         "hint": did_you_mean(str(kind), self.registry) or ";",
                         "known": self._known(),
                     },
@@ -130,6 +130,11 @@ class PartOf:
 
 _under_way: set[type[BaseModel]] = set()
 """Classes whose JSON schema is being made."""
+
+
+def _short(text: str) -> str:
+    """What someone wrote, as far as a message should repeat it."""
+    return text if len(text) <= 60 else text[:50] + "…"
 
 
 def _named(cls: type[BaseModel]) -> Any:
