@@ -41,6 +41,9 @@ def put_in_place(beside: Path, folder: Path) -> None:
         fsync(path)
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
+    if folder.is_symlink():
+        # What it points to is somebody's own.
+        folder.unlink()
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)

@@ -208,10 +208,10 @@ def weight_files(folder: Path) -> list[Path]:
             points, and unpickle what it finds there).
     """
     named = _json_object(folder / "config.json", f"{folder}: its config.json cannot be read").get("transformers_weights")
-    one, index = folder / (named or "model.safetensors"), folder / "model.safetensors.index.json"
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if named is not None:
         _check_weight_file(folder, folder / "config.json", "transformers_weights", named)
-        return [one]
+        return [folder / named]
     if one.is_file():
         return [one]
     if not index.is_file():
@@ -409,10 +409,21 @@ def copy_tokenizer(source: str, folder: Path) -> None:
         load_tokenizer(source).save_pretrained(folder)
         return
     for path in found:
+        for file in (path, *(path.rglob("*") if path.is_dir() else ())):
+            _check_own(origin, file)
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def _check_own(folder: Path, file: Path) -> None:
+    """Refuse to copy what only a link brings into a folder: a stranger's model would take a private file along into what is published."""
+    home, target = folder.resolve(), file.resolve()
+    # The hub's cache: snapshots/COMMIT/NAME -> blobs/HASH.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+        raise DataError(f"{file}: is a link to something outside this folder ({target}): put the file itself here")
 
 
 def _no_tokenizer(source: str) -> DataError:
