@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -27,9 +31,33 @@ from limbeck.cli.serve import serve
 from limbeck.cli.signals import signals
 from limbeck.cli.teach import teach
 from limbeck.errors import LimbeckError
+from limbeck.interrupts import interruptible
 
 USER_ERROR = 2
 INTERRUPTED = 130
+_PATIENCE = 20.0
+"""Seconds for leaving a process group: a peer that died must not hold this process."""
+
+
+@contextmanager
+def _group_left() -> Iterator[None]:
+    """Leave the process group that a verb has joined, after the verb has written down how it ended."""
+    before = _group()
+    try:
+        yield
+    finally:
+        group = _group()
+        if group is not None and before is None:
+            leaving = threading.Thread(target=group.destroy_process_group, daemon=True)
+            leaving.start()
+            leaving.join(_PATIENCE)
+
+
+def _group() -> Any:
+    """torch.distributed, if somebody has imported it and joined a group."""
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if joined else None
 
 
 class _Verbs(TyperGroup):
@@ -37,7 +65,8 @@ class _Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with interruptible(), _group_left():
+                return super().invoke(ctx)
         except LimbeckError as error:
             typer.echo(f"limbeck: {error}" if "\n" not in str(error) else f"limbeck:\n{error}", err=True)
             raise typer.Exit(USER_ERROR) from error

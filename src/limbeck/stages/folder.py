@@ -3,6 +3,7 @@
 runs/<recipe>/
   recipe.json                  the resolved recipe of the last start
   environment.json             versions, machine, command
+  exit_reason                  how the last start ended: finished, preempted or failed; none while one runs, or if it was killed
   data/<key>/                  prepared text, shared by the stages that use it
   <stage>/stage.json           kind, key, status, options, seconds
   <stage>/{model,data,conditions,signals,ranking,adapters,deltas,evaluation,export}/   its one artefact
@@ -35,6 +36,8 @@ ARTEFACTS = {
     "evaluate_agent": "evaluation",
     "export": "export",
 }
+
+EXIT_REASON = "exit_reason"
 
 
 def write_json(path: Path, value: Any) -> None:

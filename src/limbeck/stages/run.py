@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,14 +35,17 @@ from limbeck.engine.checkpoint import FINAL, saved_steps
 from limbeck.engine.lock import RunLock
 from limbeck.engine.parallel import World, connect
 from limbeck.errors import LimbeckError, RecipeError, RunError, did_you_mean
+from limbeck.files import write_atomically
+from limbeck.interrupts import Interrupts, held, interruptible
 from limbeck.models.loading import resolve_source
 from limbeck.stages.context import Say, StageContext
-from limbeck.stages.folder import StageFolder, changed_fields, digest, read_json, write_json
+from limbeck.stages.folder import EXIT_REASON, StageFolder, changed_fields, digest, read_json, write_json
 
 HASHED_WHOLE = 64 * 2**20
 """Larger files of a model folder count by size and time."""
 COSMETIC = {
-    "log_every", "log_form", "checkpoint_every", "keep_last", "checkpoints", "validate_every", "validate_rows", "deterministic", "on_out_of_memory",
+    "log_every", "log_form", "checkpoint_every", "keep_last", "keep_every", "save_in_background", "canary", "checkpoints", "validate_every",
+    "validate_rows", "deterministic", "on_out_of_memory", "zero_stage",
 }  # fmt: skip
 """Loop settings that do not change what a stage makes."""
 
@@ -62,39 +66,79 @@ def run_recipe(
     ``stage`` runs that stage alone (its inputs must be finished); ``fresh`` sets aside what is there and starts anew.
     ``console`` shows training as it goes: a live line on a terminal, a plain line a logged step elsewhere.  ``device`` is where to
     compute, a GPU by default if there is one.
+
+    How it ended is in ``exit_reason`` of the run directory: ``finished``, ``preempted`` (Ctrl-C, SIGTERM, SIGUSR1; the same call goes
+    on) or ``failed``.  A start that was killed leaves none, and one that was refused because another is under way touches nothing.
     """
     run_dir = (run_dir or Path("runs") / recipe.name).resolve()
     order = stage_order(recipe)
     if stage is not None and stage not in order:
         raise RunError(f"--stage {stage}: no such stage{did_you_mean(stage, order) or ';'} stages: {', '.join(order)}")
-    world = connect(device)
-    voice = say if world.rank == 0 else _silent
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with RunLock(run_dir if world.rank == 0 else None):
-        keys = {name: stage_key(recipe, name, recipe_dir) for name in order}
-        chosen = [stage] if stage else order
-        run = _Run(recipe, run_dir, recipe_dir, world, voice, console if world.rank == 0 else None)
-        if stage is not None:
-            for _, needed in references(recipe.stages[stage]):
-                if not StageFolder(run_dir / needed).finished(keys[needed]):
-                    raise RunError(
-                        f"--stage {stage}: it needs stage '{needed}', which is not finished with this recipe: run without --stage, or --stage {needed} first"
-                    )
-        if world.rank == 0:
-            _set_aside(recipe, run_dir, recipe_dir, chosen, keys, fresh, voice)
-            _record_start(recipe, run_dir, recipe_dir)
-        world.barrier()
-        # Read by every rank before any of them starts to change it.
-        done = {name for name in chosen if StageFolder(run_dir / name).finished(keys[name])}
-        world.barrier()
-        for number, name in enumerate(chosen, 1):
-            if name in done:
-                voice(f"[{number}/{len(chosen)}] {name}: done before, skipped")
-                continue
-            voice(f"[{number}/{len(chosen)}] {name} ({recipe.stages[name].kind})")
-            _run_stage(name, keys[name], run)
-            world.barrier()
+    with interruptible() as interrupts:
+        _own_kernels()
+        world = connect(device)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        first = world.rank == 0
+        run = _Run(recipe, run_dir, recipe_dir, world, say if first else _silent, console if first else None)
+        with RunLock(run_dir if first else None), _end_recorded(run_dir if first else None, interrupts), world.watched():
+            _run_stages(run, order, stage, fresh)
     return run_dir
+
+
+def _run_stages(run: _Run, order: list[str], stage: str | None, fresh: bool) -> None:
+    recipe, run_dir, recipe_dir, world = run.recipe, run.run_dir, run.recipe_dir, run.world
+    keys = {name: stage_key(recipe, name, recipe_dir) for name in order}
+    chosen = [stage] if stage else order
+    if stage is not None:
+        for _, needed in references(recipe.stages[stage]):
+            if not StageFolder(run_dir / needed).finished(keys[needed]):
+                raise RunError(
+                    f"--stage {stage}: it needs stage '{needed}', which is not finished with this recipe: run without --stage, or --stage {needed} first"
+                )
+    if world.rank == 0:
+        _set_aside(recipe, run_dir, recipe_dir, chosen, keys, fresh, run.say)
+        _record_start(recipe, run_dir, recipe_dir)
+    world.barrier()
+    # Read by every rank before any of them starts to change it.
+    done = {name for name in chosen if StageFolder(run_dir / name).finished(keys[name])}
+    world.barrier()
+    for number, name in enumerate(chosen, 1):
+        if name in done:
+            run.say(f"[{number}/{len(chosen)}] {name}: done before, skipped")
+            continue
+        run.say(f"[{number}/{len(chosen)}] {name} ({recipe.stages[name].kind})")
+        _run_stage(name, keys[name], run)
+        world.barrier()
+
+
+@contextmanager
+def _end_recorded(run_dir: Path | None, interrupts: Interrupts) -> Iterator[None]:
+    """Keep ``exit_reason`` of a run directory: gone while a start is under way, then how that ended."""
+    if run_dir is None:
+        yield
+        return
+    file = run_dir / EXIT_REASON
+    file.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        # A rank that hung in a collective hears of the signal when the others have left, and finds their connections closed.
+        interrupted = interrupts.reason is not None or isinstance(error, KeyboardInterrupt | SystemExit)
+        with held(), suppress(OSError):  # a full disk is the error that is on its way
+            write_atomically(file, "preempted\n" if interrupted else "failed\n")
+        raise
+    with held():
+        write_atomically(file, "finished\n")
+
+
+def _own_kernels() -> None:
+    """Give every rank a folder of its own for compiled kernels: ranks that compile into one overwrite each other's."""
+    rank = os.environ.get("RANK")
+    if rank is None or not rank.isdecimal() or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    shared = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    if shared.name != f"rank-{rank}":
+        os.environ["TRITON_CACHE_DIR"] = str(shared / f"rank-{rank}")
 
 
 def _silent(text: str) -> None:
@@ -106,7 +150,7 @@ def prepare_recipe(recipe: Recipe, *, recipe_dir: Path, run_dir: Path | None = N
     run_dir = (run_dir or Path("runs") / recipe.name).resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
     world = World(torch.device("cpu"))
-    with RunLock(run_dir):
+    with interruptible() as interrupts, RunLock(run_dir), _end_recorded(run_dir, interrupts):
         run = _Run(recipe, run_dir, recipe_dir, world, say, None)
         for name in stage_order(recipe):
             options = recipe.stages[name]
@@ -170,7 +214,8 @@ def _recorded(folder: StageFolder, key: str, options: Any, world: World) -> Iter
         yield facts
     except BaseException as error:
         status = "preempted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-        folder.end(status, time.monotonic() - began, **facts)
+        with held():
+            folder.end(status, time.monotonic() - began, **facts)
         raise
     folder.end("finished", time.monotonic() - began, **facts)
 
