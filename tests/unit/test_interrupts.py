@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+import limbeck.cli.app as cli
+from limbeck.cli.app import _group_left
 from limbeck.config.load import load_text
 from limbeck.engine.signals import StopFlag
 from limbeck.errors import DataError
@@ -77,3 +81,29 @@ def test_every_rank_compiles_into_a_folder_of_its_own(monkeypatch: pytest.Monkey
     for _ in range(2):
         _own_kernels()
         assert os.environ["TRITON_CACHE_DIR"] == "/kernels/rank-3"
+
+
+def test_a_verb_leaves_the_group_that_it_joined_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def join() -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    with _group_left():
+        join()
+    assert not dist.is_initialized()
+    join()
+    try:
+        with _group_left():
+            pass
+        assert dist.is_initialized(), "it was there before"
+    finally:
+        dist.destroy_process_group()
+    never = threading.Event()
+    leave = dist.destroy_process_group
+    monkeypatch.setattr(cli, "_PATIENCE", 0.2)
+    monkeypatch.setattr(dist, "destroy_process_group", never.wait)
+    try:
+        with _group_left():
+            join()  # and its peer dies: whoever waits for it does so in a thread that holds nothing up
+    finally:
+        never.set()
+        leave()
