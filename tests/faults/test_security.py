@@ -285,6 +285,8 @@ class Overheard(StubTeacher):
 
     def __init__(self) -> None:
         super().__init__()
+        # Answers are kept by model, and this one's have another vocabulary.
+        self.model = 9
         self.sent: set[str] = set()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

@@ -118,7 +118,7 @@ def test_a_small_answer_that_unpacks_to_a_large_one_is_left(monkeypatch: pytest.
 def test_an_answer_that_is_too_large_is_asked_for_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = StubTeacher()
     with served(stub) as url:
-        teacher = HttpTeacher(HttpTeacherOptions(url=url, canary_every=0), backoff=Backoff(base=0.01))
+        teacher = HttpTeacher(HttpTeacherOptions(url=url, canary_every=0, patience=2), backoff=Backoff(base=0.01))
         teacher.load()
         asks = asks_for_tests(lengths=(40, 40))
         whole = teacher.ask(asks, TopK(8))
