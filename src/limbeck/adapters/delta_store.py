@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,10 +22,12 @@ from limbeck.adapters.deltas import Probes
 from limbeck.adapters.spec import Adapters
 from limbeck.config.parts.adapters import RepresentationOptions
 from limbeck.errors import AdapterError
-from limbeck.files import write_atomically
+from limbeck.files import damage, listing, write_atomically
+from limbeck.records import sealed, unsealed
 
 MANIFEST, PROBES, MOMENTS = "manifest.json", "probes.safetensors", "moments.safetensors"
 FORMAT = 1
+_AGAIN = "run its measure_deltas stage again with --fresh"
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
@@ -71,13 +74,13 @@ class DeltaCache:
         if not path.is_file():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return unsealed(path.read_bytes())
         except ValueError as error:
             raise AdapterError(f"{path}: is damaged ({error}): remove it, and its deltas are listed again when they are measured") from error
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replace the manifest."""
-        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+        write_atomically(self.folder / MANIFEST, json.dumps(sealed(dict(manifest)), indent=1, ensure_ascii=False))
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -120,8 +123,17 @@ class MeasuredDeltas:
         self.record = self.cache.manifest
         if self.record.get("format") != FORMAT:
             raise AdapterError(
-                f"{self.folder / MANIFEST}: is not the manifest of measured deltas of format {FORMAT}: run its measure_deltas stage again with --fresh"
+                f"{self.folder / MANIFEST}: is not the manifest of measured deltas of format {FORMAT}: {_AGAIN}"
             )
+        try:
+            held = all(isinstance(entry["key"], str) for entry in self.record["adapters"].values())
+            self._files = {str(name): (int(size), str(digest)) for name, (size, digest) in self.record.get("files", {}).items()}
+            RepresentationOptions.model_validate(self.record["represent"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterError(f"{self.folder / MANIFEST}: is damaged ({type(error).__name__}: {error}): {_AGAIN}") from error
+        if not held:
+            raise AdapterError(f"{self.folder / MANIFEST}: is damaged (a key that is none): {_AGAIN}")
+        self._check(self._files, verify=False)
 
     @property
     def represent(self) -> RepresentationOptions:
@@ -136,9 +148,21 @@ class MeasuredDeltas:
     @cached_property
     def probes(self) -> Probes:
         """The texts."""
-        held = load_file(self.folder / PROBES)
+        held = self._tensors(PROBES)
         scored = held["scored"].bool() if "scored" in held else None
         return Probes(held["ids"], held["mask"].bool(), scored)
+
+    def _check(self, names: Iterable[str], *, verify: bool = True) -> None:
+        problem = damage(self.folder, {name: self._files[name] for name in names if name in self._files}, verify=verify)
+        if problem:
+            raise AdapterError(f"{problem}: {_AGAIN}")
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        self._check([name])
+        try:
+            return load_file(self.folder / name)
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"{self.folder / name}: is damaged ({error}): {_AGAIN}") from error
 
     def stacked(self, names: Sequence[str]) -> Tensor:
         """Deltas ``[N, F]`` (fp32) of the named adapters, in that order."""
@@ -148,16 +172,18 @@ class MeasuredDeltas:
                 f"{self.folder}: no delta of {missing[0]} was measured ({len(missing)} missing of {len(names)}): run the measure_deltas stage of "
                 "this pool again"
             )
-        found = [self.cache.get(self.record["adapters"][name]["key"]) for name in names]
+        keys = [self.record["adapters"][name]["key"] for name in names]
+        self._check(self.cache.path(key).name for key in keys)
+        found = [self.cache.get(key) for key in keys]
         if any(numbers is None for numbers in found):
-            raise AdapterError(f"{self.folder}: files of its manifest are gone: run its measure_deltas stage again with --fresh")
+            raise AdapterError(f"{self.folder}: files of its manifest are gone: {_AGAIN}")
         return torch.from_numpy(np.stack([numbers for numbers in found if numbers is not None]))
 
     def moments(self) -> dict[str, Tensor]:
         """``E[x x^T] [L, I, I]`` of the Linears' inputs on the probes, by site."""
         if not (self.folder / MOMENTS).is_file():
             raise AdapterError(f"{self.folder}: the inputs' second moments were not measured: set `moments: true` in its measure_deltas stage")
-        return load_file(self.folder / MOMENTS)
+        return self._tensors(MOMENTS)
 
 
 def write_measured(
@@ -181,4 +207,5 @@ def write_measured(
     if moments is not None:
         save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
     entries = {name: {"key": key, "file": f"{key}.npy", **statistics[name]} for name, (key, _) in deltas.items()}
-    cache.write_manifest({"format": FORMAT, "represent": represent.model_dump(mode="json"), **facts, "adapters": entries})
+    files = {name: found for name, found in listing(folder).items() if name != MANIFEST}
+    cache.write_manifest({"format": FORMAT, "represent": represent.model_dump(mode="json"), **facts, "adapters": entries, "files": files})

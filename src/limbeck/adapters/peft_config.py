@@ -5,7 +5,6 @@ The fields are those of ``peft.LoraConfig``; peft itself is not needed.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from torch import nn
 
 from limbeck.adapters.spec import AdapterSpec
 from limbeck.errors import AdapterError
+from limbeck.records import parse
 
 CONFIG = "adapter_config.json"
 _MERGE = "merge it into its base with peft (merge_and_unload) and use the result as a model"
@@ -85,7 +85,7 @@ class PeftConfig:
         """The modules of a model that peft would put a LoRA on."""
         words = self.fields.get("target_modules")
         if not words and not self.as_parameters:
-            raise AdapterError(f"{self.folder / CONFIG}: target_modules is {words!r}, so it cannot be checked what the adapter should change")
+            raise AdapterError(f"{self.folder / CONFIG}: target_modules is {words!r}, so what the adapter should change is unknown: name its Linears there")
         modules = dict(model.named_modules())
         named = [path for path in modules if _named(self.as_parameters, path)]
         if not words:
@@ -119,15 +119,15 @@ def read_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG
     if not path.is_file():
         if folder.is_dir():
-            raise AdapterError(f"{folder} holds no {CONFIG}: it is no PEFT adapter")
+            raise AdapterError(f"{folder} holds no {CONFIG}: it is no PEFT adapter: name another folder, or put the file back")
         raise AdapterError(f"{folder} is a file: name the folder of an adapter" if folder.exists() else f"{folder}: no such folder")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path}: cannot be read ({error})") from error
+        fields = parse(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read ({error}): put an intact copy back") from error
     kind = fields.get("peft_type") if isinstance(fields, dict) else None
     if kind != "LORA":
-        raise AdapterError(f"{path}: peft_type is {kind!r}, and only 'LORA' can be read")
+        raise AdapterError(f"{path}: peft_type is {kind!r}, and only 'LORA' can be read: put an intact copy back, or name another adapter")
     problems = [f"{field} is {fields[field]!r}: {why}" for field, why in _REFUSED.items() if fields.get(field)]
     if fields.get("bias", "none") != "none":
         problems.append(f"bias is {fields['bias']!r}: it trains the base's biases; train it with bias 'none', or {_MERGE}")

@@ -151,11 +151,11 @@ def _opened(folder: Path) -> Any:
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         way_out = "; adapter_model.bin is a pickle, which is not opened: load it with peft and save it again" if pickled else ""
-        raise AdapterError(f"{folder} holds no {WEIGHTS}{way_out}")
+        raise AdapterError(f"{folder} holds no {WEIGHTS}{way_out or ': put an intact copy back'}")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: cannot be read ({error})") from error
+        raise AdapterError(f"{path}: cannot be read ({error}): put an intact copy back") from error
 
 
 def _read(folder: Path) -> tuple[PeftConfig, Factors]:
@@ -166,7 +166,7 @@ def _read(folder: Path) -> tuple[PeftConfig, Factors]:
             path, factor = split_peft_key(key)
             found.setdefault(path, {})[factor] = file.get_tensor(key)
     if not found:
-        raise AdapterError(f"{folder / WEIGHTS} holds no tensor")
+        raise AdapterError(f"{folder / WEIGHTS} holds no tensor: put an intact copy back")
     for path, pair in found.items():
         _check_pair(path, pair, config.rank(path), folder)
     return config, {path: (pair["A"], pair["B"]) for path, pair in sorted(found.items(), key=lambda item: _natural(item[0]))}
@@ -175,7 +175,7 @@ def _read(folder: Path) -> tuple[PeftConfig, Factors]:
 def _check_pair(path: str, pair: Mapping[str, Tensor], rank: int, folder: Path) -> None:
     missing = {"A", "B"} - set(pair)
     if missing:
-        raise AdapterError(f"{folder / WEIGHTS}: {peft_key(path, missing.pop())} is not there, and its other factor is")
+        raise AdapterError(f"{folder / WEIGHTS}: {peft_key(path, missing.pop())} is not there, and its other factor is: put an intact copy back")
     A, B = pair["A"], pair["B"]
     if not (A.is_floating_point() and B.is_floating_point()):
         kinds = " and ".join(str(t.dtype).removeprefix("torch.") for t in (A, B))
@@ -183,7 +183,8 @@ def _check_pair(path: str, pair: Mapping[str, Tensor], rank: int, folder: Path) 
     if A.ndim != 2 or B.ndim != 2:
         raise AdapterError(f"{folder / WEIGHTS}: the factors of {path} are {list(A.shape)} and {list(B.shape)}: a LoRA on a convolution, not on a Linear")
     if (A.shape[0], B.shape[1]) != (rank, rank):
-        raise AdapterError(f"{folder / WEIGHTS}: the factors of {path} are {list(A.shape)} and {list(B.shape)}, and {CONFIG} says rank {rank}")
+        shapes = f"{list(A.shape)} and {list(B.shape)}"
+        raise AdapterError(f"{folder / WEIGHTS}: the factors of {path} are {shapes}, and {CONFIG} says rank {rank}: put intact copies back")
 
 
 def _check_targets(config: PeftConfig, factors: Factors, model: nn.Module) -> None:
@@ -191,7 +192,7 @@ def _check_targets(config: PeftConfig, factors: Factors, model: nn.Module) -> No
     modules = dict(model.named_modules())
     for path in sorted(wanted, key=_natural):
         if not isinstance(modules[path], nn.Linear):
-            raise AdapterError(f"{config.folder}: {path} is a {type(modules[path]).__name__} of this model, and only a LoRA on a Linear can be read")
+            raise AdapterError(f"{config.folder}: {path or 'the whole'} is a {type(modules[path]).__name__} of this model, and a target must be a Linear")
     for odd, problem in (
         (set(factors) - set(modules), "is not there in this model: the adapter was made for another"),
         (wanted - set(factors), f"should be changed by what {CONFIG} says, and {WEIGHTS} has no factors for it"),

@@ -17,7 +17,7 @@ from limbeck.adapters.spec import Adapters, AdapterSpec, cat
 from limbeck.config.parts.adapters import ProbeOptions
 from limbeck.errors import DataError, ModelError, RunError
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
-from limbeck.stages.folder import read_json
+from limbeck.stages.folder import read_object
 from limbeck.stages.probing import probes_of
 from limbeck.students.adapted import runner
 
@@ -84,7 +84,7 @@ def stage_of_kind(run: str | Path, kind: str, name: str | None = None) -> str:
     path = Path(run) / "recipe.json"
     if not path.is_file():
         raise RunError(f"{run}: is no run directory (no recipe.json): name what `limbeck run` or `train` made, such as runs/NAME")
-    kinds = {stage: options["kind"] for stage, options in read_json(path)["stages"].items()}
+    kinds = {stage: options["kind"] for stage, options in read_object(path, stages=dict)["stages"].items()}
     found = [stage for stage, its in kinds.items() if its == kind]
     if name is not None and name not in found:
         raise RunError(f"{run}: no {kind} stage named {name!r}; there {'are ' + ', '.join(found) if found else 'is none'}")

@@ -26,6 +26,7 @@ from typing import Any
 
 from limbeck.errors import DataError
 from limbeck.files import damage, listing, put_in_place
+from limbeck.records import sealed, unsealed
 
 FORMAT = 1
 """Raised when the same options would give other tokens or other files."""
@@ -110,10 +111,10 @@ def read_info(folder: Path, *, verify: bool = False) -> DataInfo:
     """
     path = folder / "meta.json"
     try:
-        record = json.loads(path.read_text())
+        record = unsealed(path.read_bytes())
         if record.get("format") != FORMAT:
             found = record.get("format")
-            raise DataError(f"{folder}: prepared by another version (format {found}, this one reads {FORMAT}): prepare again")
+            raise DataError(f"{folder}: prepared by another version (format {found!r:.80}, this one reads {FORMAT}): prepare again")
         info = DataInfo(
             **{
                 **record,
@@ -124,7 +125,7 @@ def read_info(folder: Path, *, verify: bool = False) -> DataInfo:
         )
     except FileNotFoundError as error:
         raise DataError(f"{folder}: no prepared text here (no meta.json): run `limbeck prepare`") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error}): remove {folder} and prepare again") from error
@@ -152,7 +153,7 @@ def write_info(folder: Path, info: DataInfo) -> DataInfo:
     """Write ``meta.json`` with the size and SHA-256 of everything else in the folder."""
     files = listing(folder)
     record: dict[str, Any] = {**asdict(info), "files": files}
-    (folder / "meta.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    (folder / "meta.json").write_text(json.dumps(sealed(record), indent=1, sort_keys=True) + "\n")
     return DataInfo(**{**{name: getattr(info, name) for name in record}, "files": files})
 
 

@@ -36,6 +36,7 @@ from limbeck.engine.determinism import derive_seed, rng_state, seed_everything, 
 from limbeck.engine.parallel import World
 from limbeck.errors import CheckpointError
 from limbeck.files import fsync, sha256
+from limbeck.records import unsealed
 
 # A world of one is meant.  For good, since filters set for a while are not safe beside a save in the background.
 warnings.filterwarnings("ignore", message="torch.distributed is .*uninitialized", category=UserWarning)
@@ -83,24 +84,27 @@ def _files(folder: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None.  Every byte is read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        listed: dict[str, dict[str, Any]] = manifest["files"]
+        manifest = unsealed((folder / MANIFEST).read_bytes())
+        listed = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return f"its {MANIFEST} cannot be read ({error})"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
     if manifest.get("format") != FORMAT:
-        return f"it has format {manifest.get('format')}, this version reads {FORMAT}"
+        return f"it has format {manifest.get('format')!r:.80}, this version reads {FORMAT}"
+    named = _STEP.fullmatch(folder.name)
+    if named and manifest.get("step") != int(named[1]):
+        return f"its {MANIFEST} is that of step {manifest.get('step')!r:.80}"
     found = {p.relative_to(folder).as_posix() for p in _files(folder)} - {MANIFEST}
     if foreign := sorted(found - set(listed)):
         return f"{foreign[0]} is not listed in its manifest"
-    for name, facts in sorted(listed.items()):
+    for name, (size, digest) in sorted(listed.items()):
         path = folder / name
         if name not in found:
             return f"{name} is missing"
-        if path.stat().st_size != facts["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-        if sha256(path) != facts["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size!r:.80}"
+        if sha256(path) != digest:
             return f"{name} has changed since it was written (SHA-256)"
     return None
 
@@ -386,7 +390,11 @@ class Checkpoints:
         problem = 0
         if self.world.rank == 0:
             tried = False
-            for number, path in reversed(self.steps()):
+            found = self.steps()[::-1]
+            if found and found[0][1].name != FINAL:
+                # Its step may be what is damaged: a final one is not passed over in silence.
+                found.sort(key=lambda pair: pair[1].name != FINAL or damage(pair[1]) is None)
+            for number, path in found:
                 tried = True
                 reason = damage(path)
                 if reason is None:
@@ -432,7 +440,7 @@ def load_parameters(path: Path, module: nn.Module) -> None:
     reason = damage(path) if path.is_dir() else "there is no such checkpoint"
     if reason is not None:
         there = ", ".join(sorted(p.name for p in path.parent.glob("[sf]*"))) or "none"
-        raise CheckpointError(f"{path}: {reason}; checkpoints here: {there}")
+        raise CheckpointError(f"{path}: {reason}; name another one, or put an intact copy back; checkpoints here: {there}")
     shapes = json.loads((path / "state.json").read_text(encoding="utf-8"))["shapes"]
     held = {f"model/{name}": p.detach() for name, p in module.named_parameters()}
     held |= {f"buffer/{name}": b for name, b in module.named_buffers()}
@@ -464,8 +472,8 @@ def _remove(path: Path) -> None:
 
 def _final_step(path: Path) -> int:
     try:
-        return int(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(unsealed((path / MANIFEST).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 

@@ -16,24 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import CheckpointError
+from limbeck.records import parse
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics file; a last line cut short by a crash is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); move it away to go on without it") from error
     rows = []
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
         try:
-            rows.append(json.loads(text))
-        except json.JSONDecodeError as error:
+            row = parse(text)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("it has no step")
+            rows.append(row)
+        except ValueError as error:
             if number == len(lines):  # no newline after it: the writer died in the middle of it
                 continue
             raise CheckpointError(
-                f"{path}:{number}: not a JSON line ({error.msg}); move the file away to go on without it"
+                f"{path}:{number}: not a JSON line of metrics ({error}); move the file away to go on without it"
             ) from error
     return rows
 

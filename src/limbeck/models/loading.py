@@ -34,6 +34,8 @@ from limbeck.models.limbeck_model import HybridMixin, pin_attention
 from limbeck.models.strict import check_loading
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
+MOST_LAYERS = 10_000
+"""More than any model has: a damaged number, which would keep a process busy for hours."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -165,6 +167,10 @@ def _check_family(config: PreTrainedConfig, source: str) -> None:
         raise ModelError(f"{source}: transformers has no causal language model for model type '{config.model_type}'")
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{source}: its weights are quantised; use the full-precision model it was made from")
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        # transformers would build them, one by one, before it looks into the files.
+        raise ModelError(f"{source}: its config.json says {layers!r:.80} layers, and at most {MOST_LAYERS} are built: download or save the folder again")
 
 
 def check_folder(source: str) -> None:
@@ -242,7 +248,7 @@ def _json_object(path: Path, wrong: str) -> dict[str, Any]:
 
 def _way_out(source: str) -> str:
     if Path(source).exists():
-        return ""
+        return ": download or save the folder again"
     return (
         ". It is not a folder here, so it was looked for on the hub: check the name, or without a network "
         "download it first and name its folder"

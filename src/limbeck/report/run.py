@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from limbeck.errors import CheckpointError
 from limbeck.evaluation.table import contexts, percent, point, recall_points, size
 from limbeck.evaluation.table import tokens as token_count
 from limbeck.files import inside
+from limbeck.records import parse
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def _json(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return parse(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); set it aside and run its stage again") from error
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from limbeck.errors import CheckpointError
 from limbeck.files import write_atomically
+from limbeck.records import parse
 
 ARTEFACTS = {
     "prepare": "data",
@@ -43,15 +44,31 @@ EXIT_REASON = "exit_reason"
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a crash leaves the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False))
+    try:
+        write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False))
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path}: is a folder, and a file of that name is to be written: move it away and run again") from error
 
 
 def read_json(path: Path) -> Any:
     """Read JSON; a damaged file is an error that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); set it aside, or start the stage again with --fresh") from error
+
+
+def read_object(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+    """Read a JSON object that has at least these fields, of these types; anything else is an error that names the file."""
+    record = read_json(path)
+    wrong = "it is no JSON object" if not isinstance(record, dict) else ""
+    for name, kinds in fields.items() if not wrong else ():
+        if not isinstance(record.get(name), kinds):
+            wrong = f"{name} is {record[name]!r:.80}" if name in record else f"it has no {name}"
+            break
+    if wrong:
+        raise CheckpointError(f"{path}: is damaged ({wrong}); set it aside, or start the stage again with --fresh")
+    return record
 
 
 def digest(value: Any) -> str:
@@ -69,7 +86,9 @@ class StageFolder:
     def record(self) -> dict[str, Any] | None:
         """What ``stage.json`` says, or None before the stage's first start."""
         file = self.path / "stage.json"
-        return read_json(file) if file.exists() else None
+        if not file.exists():
+            return None
+        return read_object(file, kind=str, key=str, status=str, options=dict, seconds=(int, float))
 
     def finished(self, key: str) -> bool:
         """Whether the artefact of exactly these inputs is there."""

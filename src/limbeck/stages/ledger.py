@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import CheckpointError
+from limbeck.records import sealed, unsealed
 
 NAME = "ledger"
 
@@ -53,7 +54,7 @@ class Ledger:
     def add(self, candidate: str, result: Any) -> None:
         """Append one line and wait until it is on disk."""
         entry = {"identity": self.identity, "candidate": candidate, "result": result}
-        text = json.dumps(entry, allow_nan=False) + "\n"
+        text = json.dumps(sealed(entry), allow_nan=False) + "\n"
         # Read back, so that a run that goes on computes with the same numbers as one that was interrupted here.
         self._entries[candidate] = json.loads(text)
         _end_with_newline(self.path)
@@ -67,15 +68,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a ledger; one that a crash cut short is left out.
 
     Raises:
-        CheckpointError: a damaged line that is not the last one.
+        CheckpointError: a damaged line that is not the last one, or a file that cannot be read.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take it out to have its candidates run again") from error
     entries = []
     for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
         try:
-            entry = json.loads(text)
+            entry = unsealed(text)
+            if not isinstance(entry["candidate"], str):
+                raise ValueError(f"its candidate is {entry['candidate']!r:.80}")
             entries.append({key: entry[key] for key in ("identity", "candidate", "result")})
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):

@@ -34,6 +34,7 @@ from limbeck.evaluation.ranking.scoring import Score, Scoring, make_scoring
 from limbeck.evaluation.ranking.swaps import residuals, swapped, sweep
 from limbeck.models.loading import fingerprint, load_model, load_tokenizer
 from limbeck.models.structure import attention_slot, decoder_layers
+from limbeck.records import sealed
 from limbeck.stages.context import StageContext
 from limbeck.stages.evaluate import recall_probes
 from limbeck.stages.folder import digest, write_json
@@ -204,7 +205,7 @@ class RankLayersStage:
             methods[name]["keep"] = sorted(methods[name]["order"][:keep])
             say(f"  {name}: {', '.join(map(str, methods[name]['order']))}; {methods[name]['tokens']['all']:,} tokens")
         ranking = self._compared(methods)
-        write_json(self.context.folder / "ranking" / "ranking.json", ranking)
+        write_json(self.context.folder / "ranking" / "ranking.json", sealed(ranking))
         say(f"  keeps layers {', '.join(map(str, ranking['keep']))} ({options.method})")
         chosen = next(row for row in ranking["sets"] if row["layers"] == ranking["keep"])
         self.context.facts["result"] = {

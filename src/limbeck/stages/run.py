@@ -35,11 +35,11 @@ from limbeck.engine.checkpoint import FINAL, saved_steps
 from limbeck.engine.lock import RunLock
 from limbeck.engine.parallel import World, connect
 from limbeck.errors import LimbeckError, RecipeError, RunError, did_you_mean
-from limbeck.files import write_atomically
+from limbeck.files import sha256, write_atomically
 from limbeck.interrupts import Interrupts, held, interruptible
 from limbeck.models.loading import resolve_source
 from limbeck.stages.context import Say, StageContext
-from limbeck.stages.folder import EXIT_REASON, StageFolder, changed_fields, digest, read_json, write_json
+from limbeck.stages.folder import EXIT_REASON, StageFolder, changed_fields, digest, read_object, write_json
 
 HASHED_WHOLE = 64 * 2**20
 """Larger files of a model folder count by size and time."""
@@ -356,7 +356,8 @@ def _set_aside(recipe: Recipe, run_dir: Path, recipe_dir: Path, chosen: list[str
     """Say which stages are stale and why, and rename what they left, before anything starts."""
     for name in chosen:
         folder = StageFolder(run_dir / name)
-        record = folder.record if folder.path.exists() else None
+        # With --fresh nothing of it is read: it is the way out of a damaged one.
+        record = {} if fresh and (folder.path / "stage.json").exists() else folder.record
         if record is None:
             continue
         if fresh:
@@ -394,19 +395,21 @@ def _record_start(recipe: Recipe, run_dir: Path, recipe_dir: Path) -> None:
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     command = " ".join(["limbeck", *sys.argv[1:]])
     facts = {"versions": versions, "machine": platform.platform(), "command": command, "started": started}
-    write_json(run_dir / "environment.json", {**facts, "recipe_dir": str(recipe_dir.resolve())})
+    write_json(run_dir / "environment.json", {**facts, "recipe_dir": str(recipe_dir.resolve()), "recipe_sha256": sha256(run_dir / "recipe.json")})
 
 
 def open_stage(path: Path) -> StageContext:
     """A train stage of a run that was made before, for the verbs that take one."""
     run_dir = path.parent
     try:
-        recipe_dir = Path(read_json(run_dir / "environment.json")["recipe_dir"])
-        tree = read_json(run_dir / "recipe.json")
+        environment, tree = read_object(run_dir / "environment.json", recipe_dir=str), read_object(run_dir / "recipe.json")
+        if environment.get("recipe_sha256") not in (None, sha256(run_dir / "recipe.json")):
+            raise RunError(f"{run_dir / 'recipe.json'}: is not what the last start wrote: run the recipe again, which writes it anew")
+        recipe_dir = Path(environment["recipe_dir"])
         for plugin in tree.get("plugins", ()):
             load_plugin(plugin, recipe_dir)
         recipe = Recipe.model_validate(tree)
-    except (ValidationError, LimbeckError, KeyError) as error:
+    except (ValidationError, LimbeckError, KeyError, TypeError, OSError) as error:
         raise RunError(f"{run_dir}: not a run directory that this version can read ({error})") from error
     if path.name not in recipe.stages:
         raise RunError(f"{path}: the recipe of this run has no stage {path.name!r}; stages: {', '.join(recipe.stages)}")

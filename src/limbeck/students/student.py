@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from limbeck.models.observe import forward_observed
 from limbeck.models.packed import leak_probe
 from limbeck.models.structure import decoder_layers, layer_list
 from limbeck.needs import Need
+from limbeck.records import unsealed
 from limbeck.students.hybridize import REST_ROLE, resolve_layers
 from limbeck.types import Batch, Metric, Output
 
@@ -164,7 +164,10 @@ def _continued(options: StudentOptions, keep: Sequence[int] | Literal["all"] | N
 def ranked_layers(path: str) -> tuple[int, ...]:
     """The layers that a ranking (``ranking.json`` of a rank_layers stage) says to keep."""
     try:
-        return tuple(int(layer) for layer in json.loads(Path(path).read_text(encoding="utf-8"))["keep"])
+        keep = unsealed(Path(path).read_bytes())["keep"]
+        if not isinstance(keep, list) or not all(type(layer) is int for layer in keep):
+            raise ValueError(f"keep is {keep!r:.80}")
+        return tuple(keep)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"student.keep: {path} cannot be read as a ranking ({error}): run its rank_layers stage again with --fresh") from error
 

@@ -29,6 +29,7 @@ from limbeck.data.conditions.rows import ConditionRows
 from limbeck.data.conditions.texts import SIDES, ConditionTexts
 from limbeck.errors import DataError, did_you_mean
 from limbeck.files import damage, listing, sha256
+from limbeck.records import sealed, unsealed
 
 FORMAT = 1
 """Raised when the same options would give other files."""
@@ -97,7 +98,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``conditions.json`` with the size and SHA-256 of everything else in the folder."""
-    text = json.dumps({**asdict(manifest), "files": listing(folder)}, indent=1, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(sealed({**asdict(manifest), "files": listing(folder)}), indent=1, sort_keys=True, ensure_ascii=False)
     (folder / "conditions.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -110,15 +111,15 @@ def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
     path = folder / "conditions.json"
     again = f"remove {folder} and prepare the conditions again"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = unsealed(path.read_bytes())
         if record["format"] != FORMAT:
-            raise DataError(f"{folder}: written by another version (format {record['format']}, this one reads {FORMAT}): {again}")
+            raise DataError(f"{folder}: written by another version (format {record['format']!r:.80}, this one reads {FORMAT}): {again}")
         conditions = tuple(Condition(**{**item, "parts": tuple(item["parts"])}) for item in record["conditions"])
         files = {name: (int(size), str(sha)) for name, (size, sha) in record["files"].items()}
         manifest = Manifest(**{**record, "conditions": conditions, "files": files})
     except FileNotFoundError as error:
         raise DataError(f"{folder}: no conditions here (no conditions.json): run its prepare_conditions stage") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error}): {again}") from error

@@ -16,11 +16,12 @@ from limbeck.adapters.spec import Adapters, AdapterSpec
 from limbeck.adapters.targets import resolve_spec
 from limbeck.config.parts.surgeries import DeltaPredictorOptions, LoraGeneratorOptions
 from limbeck.errors import ModelError
-from limbeck.files import put_in_place
+from limbeck.files import put_in_place, sha256
 from limbeck.models.head import head_of
 from limbeck.models.loading import copy_tokenizer
 from limbeck.models.packed import forward_packed, leak_probe, rows_seen
 from limbeck.models.structure import layer_list
+from limbeck.records import sealed, unsealed
 from limbeck.students.adapted import runner
 from limbeck.students.generator.conditions import states_of
 from limbeck.students.generator.network import Generator
@@ -104,8 +105,8 @@ class ConditionedStudent(nn.Module):
         beside.mkdir(parents=True)
         state = self.trained.state_dict() if state_dict is None else state_dict
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, beside / WEIGHTS)
-        record = {"format": FORMAT, "base": self.base, "text_shape": list(self.text_shape), **self.facts()}
-        (beside / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        record = {"format": FORMAT, "base": self.base, "text_shape": list(self.text_shape), **self.facts(), "weights": sha256(beside / WEIGHTS)}
+        (beside / RECORD).write_text(json.dumps(sealed(record), indent=1), encoding="utf-8")
         if tokenizer_source is not None:
             copy_tokenizer(tokenizer_source, beside)
         put_in_place(beside, folder)
@@ -157,9 +158,9 @@ def is_generator(folder: str | Path) -> bool:
 def read_record(folder: Path) -> dict[str, Any]:
     """What a saved generator is; raises :class:`ModelError` for a damaged or newer folder."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = unsealed((folder / RECORD).read_bytes())
         if record["format"] != FORMAT:
-            raise ModelError(f"{folder / RECORD}: format {record['format']}, this version reads {FORMAT}")
+            raise ModelError(f"{folder / RECORD}: format {record['format']!r:.80}, this version reads {FORMAT}: train it again")
         return record
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / RECORD}: cannot be read as a LoRA generator ({error}): train it again, or put an intact copy back") from error
@@ -167,10 +168,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path, generator: nn.Module) -> None:
     """Fill a generator from a folder, strictly."""
+    written = read_record(folder).get("weights")
     try:
+        if written is not None and sha256(folder / WEIGHTS) != written:
+            raise ModelError("its content is not what was written: SHA-256 differs")
         state = load_file(folder / WEIGHTS)
         generator.load_state_dict(state, strict=True)
     except Exception as error:
         # safetensors and torch name a damaged file and a missing or misshapen tensor by different types.
         reason = str(error).strip().splitlines()
-        raise ModelError(f"{folder / WEIGHTS}: does not hold this generator ({' '.join(reason[:3])})") from error
+        raise ModelError(f"{folder / WEIGHTS}: does not hold this generator ({' '.join(reason[:3])}): train it again, or put an intact copy back") from error

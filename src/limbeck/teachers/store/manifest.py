@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import TeacherError
+from limbeck.records import parse
 from limbeck.teachers.store.codecs import CODECS, Codec, Layout
 
 FORMAT = 1
@@ -117,22 +118,23 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise TeacherError(f"{path}: cannot be read ({error.strerror})") from error
+        raise TeacherError(f"{path}: cannot be read ({error.strerror}): bring back a copy, or set {folder} aside and capture again") from error
     damaged = f"{path}: damaged: its text does not match its own checksum; set {folder} aside and capture again, or bring back a copy of the file"
     try:
-        record = json.loads(data)
+        record = parse(data)
         version = record["format"]
         manifest = Manifest(
             Identity.from_record({f.name: record["identity"][f.name] for f in fields(Identity)}),
             record["complete"],
             tuple(ShardInfo(**shard) for shard in record["shards"]),
         )
-    except (ValueError, TypeError, KeyError) as error:
+        # Compared as text, so that not even a changed blank goes unnoticed.
+        same = manifest.text().encode() == data
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TeacherError(damaged) from error
-    # Compared as text, so that not even a changed blank goes unnoticed.
-    if manifest.text().encode() != data:
+    if not same:
         if version != FORMAT:
-            raise TeacherError(f"{path}: format {version}, and this version reads {FORMAT}: capture again")
+            raise TeacherError(f"{path}: format {version!r:.80}, and this version reads {FORMAT}: capture again")
         raise TeacherError(damaged)
     if strange := [shard.file for shard in manifest.shards if not _FILE.fullmatch(str(shard.file))]:
         raise TeacherError(f"{path}: lists {strange[0]!r:.80}, which is no file of a store (00/00000.shard): set {folder} aside and capture again")

@@ -70,8 +70,11 @@ def scan(path: Path, start: int = HEAD.size) -> Iterator[tuple[int, bytes]]:
 
 def check_head(path: Path, identity: bytes) -> None:
     """Refuse a file that is not of this store."""
-    with open(path, "rb") as file:
-        found = file.read(HEAD.size)
+    try:
+        with open(path, "rb") as file:
+            found = file.read(HEAD.size)
+    except OSError as error:
+        raise TeacherError(f"{path}: cannot be read ({error.strerror}): set it aside and capture again") from error
     if found != head(identity):
         raise TeacherError(f"{path}: its first {HEAD.size} bytes are damaged, or it belongs to another store: set it aside and capture again")
 
@@ -97,7 +100,12 @@ def read_index(path: Path) -> np.ndarray:
 
 def finished_files(folder: Path) -> list[Path]:
     """All finished files of a store, in order."""
-    return sorted(folder.glob("[0-9][0-9]/*.shard"))
+    return [path for own in sorted(folder.glob("[0-9][0-9]")) for path in shards_of(own)]
+
+
+def shards_of(own: Path) -> list[Path]:
+    """The finished files of one writer's folder: what has a number, and not what somebody put beside it."""
+    return sorted(path for path in own.glob("*.shard") if path.stem.isdecimal())
 
 
 def unfinished_files(folder: Path) -> list[Path]:
@@ -217,7 +225,7 @@ class ShardWriter:
         self._size, self._entries = HEAD.size, []
 
     def _recover(self) -> None:
-        self.number = max((int(path.stem) + 1 for path in self.folder.glob("*.shard")), default=0)
+        self.number = max((int(path.stem) + 1 for path in shards_of(self.folder)), default=0)
         if not self.path.exists():
             return
         found = self.path.stat().st_size

@@ -31,6 +31,7 @@ from limbeck.teachers.store.shards import (
     finished_files,
     read_index,
     scan,
+    shards_of,
     unfinished_files,
 )
 
@@ -214,7 +215,7 @@ class SignalStore:
         with exclusive(self.folder / "LOCK"):
             manifest = self._manifest()
             listed = {shard.file for shard in manifest.shards}
-            for path in sorted(self._writer.folder.glob("*.shard")):
+            for path in shards_of(self._writer.folder):
                 if f"{path.parent.name}/{path.name}" not in listed:
                     check_head(path, self._digest)
                     manifest = manifest.listing(describe(path))
