@@ -499,6 +499,7 @@ def test_composition_is_judged_against_trained_mixes_or_not_at_all(finished: Fin
     finished.beside("unmixed", *stages)
     pool = shutil.copytree(finished.run / "pool", finished.home / "unmixed-pool")
     record = json.loads((pool / "adapters/pool.json").read_text())
+    del record["sha256"]  # what is edited by hand has no seal
     record["entries"] = [entry for entry in record["entries"] if not entry["condition"].startswith("mix")]
     assert len(record["entries"]) == 6
     (finished.home / "unmixed/pool/adapters/pool.json").write_text(json.dumps(record))
