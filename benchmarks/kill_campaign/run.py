@@ -283,6 +283,7 @@ def main() -> None:
     kills, problems = sum(row["kills"] for row in found), sum(row["problems"] for row in found)
     finished = sum(row["finished"] for row in found)
     rows = [{"setting": row["subject"], "metric": metric, "value": value} for row in found for metric, value in row.items() if metric != "subject"]
+    options.out.mkdir(parents=True, exist_ok=True)
     saves = sum(row["in a save"] for row in found)
     least, in_saves = (6, 1) if options.quick else (200, 30)
     write_results(

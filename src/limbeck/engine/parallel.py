@@ -102,8 +102,9 @@ class World:
         missing = gone.nonzero().flatten().tolist()
         if not missing:
             return "the ranks lost touch with each other (a network that failed, or a rank that was too slow)"
-        names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self.size}"
-        return f"{names} {'have' if len(missing) > 1 else 'has'} died or hang{'' if len(missing) > 1 else 's'} (a message of its own, if there is one, says why)"
+        many = len(missing) > 1
+        names = f"rank{'s' * many} {', '.join(map(str, missing))} of {self.size} {'have' if many else 'has'}"
+        return f"{names} died or hang{'s' * (not many)} (a message of its own, if there is one, says why)"
 
     def _answers(self, rank: int, seconds: timedelta) -> bool:
         try:
@@ -130,12 +131,8 @@ def connect(device: str | torch.device | None = None, timeout: float | None = No
         return World(kind)
     seconds = _timeout() if timeout is None else timeout
     if kind.type == "cuda":
-        local = os.environ.get("LOCAL_RANK", "0")
-        kind = torch.device("cuda", int(local))
+        kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(kind)
-        if cache := os.environ.get("TRITON_CACHE_DIR"):
-            # Ranks that compile the same kernel into one folder read each other's half-written files.
-            os.environ["TRITON_CACHE_DIR"] = os.path.join(cache, f"rank-{local}")
     bound, patience = timedelta(seconds=seconds), timedelta(seconds=max(seconds, PATIENCE))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=bound)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from limbeck.engine.parallel import World
 from limbeck.errors import DataError
 from limbeck.models.head import head_of, without_padding
 from limbeck.models.packed import forward_packed
@@ -35,6 +36,12 @@ class DivergenceTally:
         self.kl += float(kl)
         self.agreement += float(metrics.agreement)
         self.tokens += int(metrics.count)
+
+    def over(self, world: World) -> DivergenceTally:
+        """The sums of all ranks, here."""
+        self.kl, self.agreement, tokens = world.sum(torch.tensor([self.kl, self.agreement, self.tokens], dtype=torch.float64)).tolist()
+        self.tokens = int(tokens)
+        return self
 
     def result(self) -> dict[str, Any]:
         """``kl`` in nats a token, ``agreement`` as a share, ``tokens``."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from limbeck.config.parts.stages import EvaluateStageOptions
 from limbeck.data.dataset import TokenRows
 from limbeck.data.tokenizer import ordinary_ids
+from limbeck.engine.parallel import World
 from limbeck.errors import DataError, ModelError
 from limbeck.evaluation.decode import evaluating
 from limbeck.evaluation.divergence import DivergenceTally
@@ -45,8 +47,12 @@ def evaluate_models(
     teacher_name: str | None,
     *,
     progress: Callable[[str], None] = lambda line: None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Measure models beside each other; what the options leave out is absent from the result.
+
+    Of several ranks, each with the models, every one runs its share of the rows and probes; rates and samples are the first one's, and what
+    the others return lacks them.
 
     The student is the model named ``options.from_``, else the last one.  Load bfloat16 models with ``dtype=``: one loaded in
     float32 runs under autocast, right but slow.  Models are measured from the same rows, probes, prompts and draws, and decode
@@ -61,6 +67,7 @@ def evaluate_models(
     if not len(rows):
         raise DataError("there are no held-out rows to evaluate on: set data.held_out above 0, or give the stage other data")
     device = next(iter(models.values())).device
+    world = world or World(device)
     results: dict[str, Any] = {
         "student": options.from_ if options.from_ in models else list(models)[-1],
         "teacher": teacher_name,
@@ -72,17 +79,17 @@ def evaluate_models(
         leak_probe(model)
     with evaluating(models), _precision(models, options.precision, device):
         progress(f"  text: {results['setting']['rows']} held-out rows of {rows.sequence} tokens, {', '.join(models)}")
-        results |= _text_measures(models, rows, options.rows, tokenizer, teacher_name)
+        results |= _text_measures(models, rows, options.rows, tokenizer, teacher_name, world)
         if options.recall is not None:
             progress(f"  recall: {', '.join(options.recall.tasks)} at {', '.join(map(str, options.recall.distances))} tokens")
             ids = ordinary_ids(tokenizer)
-            results["recall"] = {name: recall(model, options.recall, ids, seed=options.seed) for name, model in models.items()}
-        if options.speed is not None:
+            results["recall"] = {name: recall(model, options.recall, ids, seed=options.seed, world=world) for name, model in models.items()}
+        if options.speed is not None and world.rank == 0:
             contexts = options.speed.contexts
             progress(f"  decode rate and cache: {options.speed.tokens} tokens at {', '.join(map(str, contexts))}")
             results["cache"] = {name: [cache_bytes(model, context) for context in contexts] for name, model in models.items()}
             results["speed"] = decode_rates(models, contexts, tokens=options.speed.tokens, seed=options.seed)
-        if options.samples is not None:
+        if options.samples is not None and world.rank == 0:
             prompts = list(options.samples.prompts) or default_prompts(rows, tokenizer)
             progress(f"  samples: {options.samples.tokens} tokens after {len(prompts)} prompts")
             results["samples"] = samples(models, tokenizer, prompts, options.samples, seed=options.seed)
@@ -113,19 +120,19 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     return {"parameters": parameters, "model_type": family, "layers": attention_kinds(model)}
 
 
-def held_out_batches(rows: TokenRows, count: int) -> Iterator[Batch]:
-    """``count`` rows, evenly spaced, a few at a time."""
+def held_out_batches(rows: TokenRows, count: int, ranks: int = 1) -> Iterator[Batch]:
+    """``count`` rows, evenly spaced, a few at a time; so few that every rank gets some."""
     count = min(count, len(rows))
     chosen = [number * len(rows) // count for number in range(count)]
-    each = max(1, TOKENS_A_FORWARD // rows.sequence)
+    each = max(1, min(TOKENS_A_FORWARD // rows.sequence, -(-count // ranks)))
     for start in range(0, count, each):
         yield rows.batch(chosen[start : start + each])
 
 
-def text_batches(rows: TokenRows, count: int) -> Iterator[Batch]:
+def text_batches(rows: TokenRows, count: int, ranks: int = 1) -> Iterator[Batch]:
     """Those rows with the labels of text alone; where no document is labelled throughout (answers of chats), with all labels."""
     has_text = any(bool((whole_documents(batch) & batch.label_mask_BT).any()) for batch in held_out_batches(rows, count))
-    for batch in held_out_batches(rows, count):
+    for batch in held_out_batches(rows, count, ranks):
         yield replace(batch, labels_BT=batch.labels_BT.where(whole_documents(batch), IGNORE)) if has_text else batch
 
 
@@ -136,13 +143,14 @@ def _text_measures(
     count: int,
     tokenizer: PreTrainedTokenizerBase,
     teacher_name: str | None,
+    world: World,
 ) -> dict[str, Any]:
     """Cross-entropy and divergence from one forward pass of each model a batch, the teacher's first."""
     entropy = {name: CrossEntropyTally() for name in models}
     divergence = {name: DivergenceTally() for name in models if teacher_name is not None and name != teacher_name}
     order = sorted(models, key=lambda name: name != teacher_name)
     num_bytes = 0
-    for batch in text_batches(rows, count):
+    for batch in islice(text_batches(rows, count, world.size), world.rank, None, world.size):
         num_bytes += label_bytes(batch, tokenizer)
         batch = batch.to(models[order[0]].device)
         teacher = None
@@ -153,9 +161,10 @@ def _text_measures(
                 teacher = hidden_BTD, head
             elif teacher is not None:
                 divergence[name].add(hidden_BTD, head, *teacher, batch.label_mask_BT)
-    perplexities = {name: tally.result(num_bytes) for name, tally in entropy.items()}
+    num_bytes = int(world.sum(torch.tensor(num_bytes)))
+    perplexities = {name: tally.over(world).result(num_bytes) for name, tally in entropy.items()}
     divergences = {
-        name: tally.result() | {"ce_gap": perplexities[name]["ce"] - perplexities[str(teacher_name)]["ce"]}
+        name: tally.over(world).result() | {"ce_gap": perplexities[name]["ce"] - perplexities[str(teacher_name)]["ce"]}
         for name, tally in divergence.items()
     }
     return {"perplexity": perplexities, "divergence": divergences}

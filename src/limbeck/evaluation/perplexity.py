@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from limbeck.engine.parallel import World
 from limbeck.errors import DataError
 from limbeck.models.head import head_of
 from limbeck.models.packed import forward_packed
@@ -31,6 +32,12 @@ class CrossEntropyTally:
         self.loss += float(loss)
         self.correct += float(metrics.agreement)
         self.tokens += int(metrics.count)
+
+    def over(self, world: World) -> CrossEntropyTally:
+        """The sums of all ranks, here."""
+        self.loss, self.correct, tokens = world.sum(torch.tensor([self.loss, self.correct, self.tokens], dtype=torch.float64)).tolist()
+        self.tokens = int(tokens)
+        return self
 
     def result(self, num_bytes: int | None = None) -> dict[str, Any]:
         """``ce`` in nats a token, ``perplexity``, ``accuracy`` and counts; ``bits_per_byte`` where the bytes are known."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from limbeck.config.parts.stages import RecallOptions
 from limbeck.data.recall import probe
+from limbeck.engine.parallel import World
 from limbeck.evaluation.perplexity import CrossEntropyTally
 from limbeck.models.head import head_of
 from limbeck.models.packed import forward_packed
@@ -38,21 +39,23 @@ def probe_batch(task: str, distance: int, rows: int, ids: np.ndarray, *, seed: i
 
 
 @torch.no_grad()
-def recall(model: PreTrainedModel, options: RecallOptions, ids: np.ndarray, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Greedy accuracy and cross-entropy at the asked tokens, one row a task and distance.
+def recall(model: PreTrainedModel, options: RecallOptions, ids: np.ndarray, *, seed: int = 0, world: World | None = None) -> list[dict[str, Any]]:
+    """Greedy accuracy and cross-entropy at the asked tokens, one row a task and distance; of several ranks each runs its share of the rows.
 
     ``ids`` are the tokenizer's ordinary ones.  The head meets the answer positions only.  ``count`` is the number of asked
     tokens, ``length`` the tokens of a probe row.
     """
     ids, results = ids[: options.vocabulary], []
+    world = world or World(model.device)
     for task in options.tasks:
         for distance in options.distances:
             batch, tally = probe_batch(task, distance, options.rows, ids, seed=seed), CrossEntropyTally()
             length = batch.input_ids_BT.shape[1]
-            for part in batch.split(max(1, TOKENS_A_FORWARD // length)):
+            parts = batch.split(max(1, min(TOKENS_A_FORWARD // length, -(-options.rows // world.size))))
+            for part in parts[world.rank :: world.size]:
                 part = part.to(model.device)
                 tally.add(forward_packed(model, part), head_of(model), part.labels_BT)
-            found = tally.result()
+            found = tally.over(world).result()
             results.append(
                 {
                     "task": task,

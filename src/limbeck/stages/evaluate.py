@@ -23,8 +23,6 @@ from limbeck.stages.folder import read_json, write_json
 from limbeck.stages.run import open_stage
 from limbeck.stages.train import trained_model
 
-ALONE = World(torch.device("cpu"))
-
 
 class EvaluateStage:
     """Writes ``evaluation/evaluation.json``."""
@@ -34,14 +32,14 @@ class EvaluateStage:
         self.options: EvaluateStageOptions = context.options
 
     def run(self) -> None:
-        """Measure every named model on the same held-out rows and probes (on the first rank)."""
+        """Measure every named model on the same held-out rows and probes; each rank takes its share of them."""
         data = self.options.data
         trained: Any = self.context.stage_options(self.options.from_)
         folder, chosen = self.context.data(trained.data)
         if data is not None:
             folder, chosen = self.context.data(data)
         self.context.check_unseen(self.options.from_, folder)
-        self.context.once(lambda: self._run(folder, chosen))
+        self._run(folder, chosen)
 
     def _run(self, data_folder: Path, data: DataOptions) -> None:
         context, options = self.context, self.options
@@ -61,7 +59,7 @@ class EvaluateStage:
             else:
                 models[name] = load_model(str(trained_model(context, name)))
         models[options.from_] = load_model(str(folder))
-        context.facts["result"] = _measure(models, data_folder, _probing(options, data), teacher, context.folder, context.say)["summary"]
+        context.facts["result"] = _measure(models, data_folder, _probing(options, data), teacher, context)["summary"]
 
 
 def _teacher_source(context: StageContext, trained: Any, folder: Path) -> str:
@@ -107,15 +105,14 @@ def recall_probes(recall: RecallOptions, data: DataOptions) -> RecallOptions:
 
 
 def _measure(
-    models: dict[str, Any], data_folder: Path, options: EvaluateStageOptions, teacher: str | None, out: Path, say: Say
+    models: dict[str, Any], data_folder: Path, options: EvaluateStageOptions, teacher: str | None, context: StageContext
 ) -> dict[str, Any]:
-    tokenizer = load_tokenizer(str(data_folder / "tokenizer"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, world = load_tokenizer(str(data_folder / "tokenizer")), context.world
     for name, model in models.items():
         check_vocabulary(tokenizer, model, who=f"model '{name}'")
-        model.requires_grad_(False).eval().to(device)
-    results = evaluate_models(models, TokenRows(data_folder, "held_out"), options, tokenizer, teacher, progress=say)
-    write_json(out / "evaluation" / "evaluation.json", results)
+        model.requires_grad_(False).eval().to(world.device)
+    results = evaluate_models(models, TokenRows(data_folder, "held_out"), options, tokenizer, teacher, progress=context.say, world=world)
+    context.once(lambda: write_json(context.folder / "evaluation" / "evaluation.json", results))
     return results
 
 
@@ -141,8 +138,9 @@ def evaluate_path(
         models["teacher"], teacher = load_model(resolve_source(against)), "teacher"
     models["model"] = load_model(str(folder))
     context, chosen = _evaluation_data(folder, run_stage, data, say)
+    context.world = World(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     data_folder, prepared = context.data(chosen)
-    return _measure(models, data_folder, _probing(options, prepared), teacher, context.folder, say)
+    return _measure(models, data_folder, _probing(options, prepared), teacher, context)
 
 
 def _base_or_none(folder: Path) -> str | None:
@@ -163,4 +161,4 @@ def _evaluation_data(folder: Path, run_stage: Path | None, data: str | None, say
     chosen = DataOptions.model_validate({"source": source, "tokenizer": str(folder), "held_out": 0.1 if data is None else 0.99})
     recipe = Recipe.model_construct(name="evaluate", stages={})
     out = Path("runs") / "evaluate" / folder.name
-    return StageContext(recipe, "evaluate", None, out, out, Path.cwd(), ALONE, say), chosen
+    return StageContext(recipe, "evaluate", None, out, out, Path.cwd(), World(torch.device("cpu")), say), chosen

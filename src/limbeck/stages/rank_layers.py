@@ -58,11 +58,33 @@ class RankLayersStage:
         self.alone = candidate
 
     def run(self) -> None:
-        """Rank, choose and compare (on the first rank)."""
+        """Rank, choose and compare, on the first rank; the candidates of `ga_s2` are distilled on all of them."""
         context = self.context
         folder, _ = context.data(self._trained.data if self.options.data is None else self.options.data)
         context.check_unseen(self.options.from_, folder)
+        if context.world.size > 1 and "ga_s2" in self.options.methods:
+            self._share_candidates()
         context.once(self._run)
+
+    def _share_candidates(self) -> None:
+        """Each rank distils its share of the candidates to the end, into ledgers of their own.
+
+        The ranking finds them there, and counts each as far as it would have run after the others.
+        """
+        context, candidates = self.context, self.options.candidates
+        chosen = list(range(self.num_layers))
+        if candidates != "all":
+            context.once(self._restore_one)
+            self.__dict__.pop("ledger", None)
+            chosen = self._restore_one()["order"][:candidates]
+        for layer in chosen[context.world.rank :: context.world.size]:
+            self.alone = layer
+            self.__dict__.pop("ledger", None)
+            self._candidate(layer, [])
+        self.alone = None
+        # Read again: it holds what the other ranks found.
+        self.__dict__.pop("ledger", None)
+        context.world.barrier()
 
     def run_candidate(self) -> None:
         """Distil and score one layer alone, into a ledger of its own; nothing else of the stage is done."""

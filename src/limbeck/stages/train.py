@@ -125,6 +125,9 @@ class TrainStage:
     def _train(self, student: Any, teacher: Any, text: TrainingText, tokenizer: Any) -> TrainResult:
         context, options, rows = self.context, self.options, text.rows
         if teacher is not None:
+            if options.loop.precision == "float64" and hasattr(teacher, "dtype"):
+                # A check to the last digits: what runs here must not round more than the student.
+                teacher.dtype = "float64"
             teacher.load(context.world.device)
             check_teacher_vocabulary(teacher, tokenizer)
             tell_domains(teacher, text.domains)
