@@ -58,7 +58,7 @@ from limbeck.errors import AdapterError, CheckpointError, DataError, LimbeckErro
 from limbeck.files import damage, put_in_place
 from limbeck.models.loading import check_folder, copy_tokenizer, load_config, load_model, load_tokenizer
 from limbeck.report.run import read_run
-from limbeck.stages.run import grid_cells
+from limbeck.stages.run import grid_cells, open_stage
 from limbeck.stages.train_adapters import safe
 from limbeck.teachers.store.distillkit import Compression
 from limbeck.teachers.store.manifest import Identity, Manifest, ShardInfo, read_manifest, write_manifest
@@ -179,6 +179,17 @@ def test_a_model_folder_does_not_name_another_model_to_load(tmp_path: Path) -> N
         (tmp_path / name).write_text(text)
     with pytest.raises(ModelError, match=r"adapter_config\.json beside its weights"):
         check_folder(str(tmp_path))
+
+
+def test_a_run_directory_brings_no_plug_in_of_its_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "stage").mkdir(parents=True)
+    (run / "plugin.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (run / "recipe.json").write_text(json.dumps({"name": "x", "plugins": ["plugin.py"], "stages": {}}))
+    (run / "environment.json").write_text(json.dumps({"recipe_dir": str(run)}))
+    with pytest.raises(LimbeckError, match=r"inside the run directory \(plugin.py\)"):
+        open_stage(run / "stage")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_bomb_in_a_distillkit_folder_is_refused(tmp_path: Path) -> None:

@@ -407,6 +407,8 @@ def open_stage(path: Path) -> StageContext:
             raise RunError(f"{run_dir / 'recipe.json'}: is not what the last start wrote: run the recipe again, which writes it anew")
         recipe_dir = Path(environment["recipe_dir"])
         for plugin in tree.get("plugins", ()):
+            if (recipe_dir / plugin).resolve().is_relative_to(run_dir.resolve()):
+                raise RunError(f"{run_dir}: its recipe names a plug-in file inside the run directory ({plugin}), where a stranger could have put it: move it out")
             load_plugin(plugin, recipe_dir)
         recipe = Recipe.model_validate(tree)
     except (ValidationError, LimbeckError, KeyError, TypeError, OSError) as error:
