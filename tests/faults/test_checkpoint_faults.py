@@ -18,6 +18,7 @@ from limbeck.engine import checkpoint
 from limbeck.engine.checkpoint import MANIFEST, Checkpoints, damage, saved_steps
 from limbeck.engine.metrics import loss_trace
 from limbeck.engine.parallel import World
+from limbeck.errors import CheckpointError
 
 
 def store(folder: Path, said: list[str] | None = None, **options: Any) -> Checkpoints:
@@ -139,3 +140,41 @@ def test_a_folder_that_cannot_be_written_is_named_and_what_was_there_stays(tmp_p
         checkpoints.save(2, tensors(2.0), {}, {})
     loaded = checkpoints.load(tensors())
     assert loaded is not None and loaded.step == 1
+
+
+def test_files_that_are_seen_late_are_waited_for_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that several machines share."""
+    store(tmp_path).save(1, tensors(1.0), {}, {})
+    exists, late = Path.exists, [3]
+
+    def hidden(self: Path, **options: Any) -> bool:
+        if self.name == "state.json" and late[0]:
+            late[0] -= 1
+            return False
+        return exists(self, **options)
+
+    monkeypatch.setattr(Path, "exists", hidden)
+    assert store(tmp_path).load(tensors()) is not None and late == [0]
+    late[0] = 10**6
+    monkeypatch.setattr(checkpoint, "LATE", 0.2)
+    with pytest.raises(CheckpointError, match=r"state.json: is not there after 0.2 s, although another rank has written it"):
+        store(tmp_path).load(tensors())
+
+
+def test_a_file_that_one_rank_does_not_see_yet_is_still_in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks on machines that see each other's files late: simulated by what the other rank reports."""
+    checkpoints = store(tmp_path)
+    listings, real = [], Checkpoints._written
+
+    class Late(World):
+        def gather(self, values: list[int]) -> torch.Tensor:
+            listings.append(values[0])
+            # The other rank sees something else at first, then the same.
+            return torch.tensor([values, [values[0] + (len(listings) < 3), values[1]]])
+
+    def written(self: Checkpoints, temporary: Path) -> list[Path]:
+        return real(type("Seen", (), {"world": Late(torch.device("cpu"))})(), temporary)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Checkpoints, "_written", written)
+    path = checkpoints.save(1, tensors(), {}, {})
+    assert len(listings) == 3 and damage(path) is None

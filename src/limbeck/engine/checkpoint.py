@@ -11,6 +11,7 @@ can read them), everything else is JSON; nothing is pickled.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -48,6 +49,8 @@ _STEP = re.compile(r"step_(\d+)")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NEARLY_FULL = 0.1
 """Share of a disk that is free, below which that is said."""
+LATE = 60.0
+"""Seconds after which a file that another rank has written must be seen."""
 _PART = ".part-"
 """Each rank's piece of the manifest, gone when the whole one is written."""
 
@@ -117,6 +120,15 @@ def _no_space(error: BaseException) -> bool:
         return any(_no_space(e[0]) for e in error.failures.values())
     text = str(error)
     return any(word in text for word in ("No space left", "File too large", "quota exceeded", "inline_container"))
+
+
+def wait_for(path: Path) -> None:
+    """Wait, within bounds, until a file that another machine has written is seen here."""
+    until = time.monotonic() + LATE
+    while not path.exists():
+        if time.monotonic() > until:
+            raise CheckpointError(f"{path}: is not there after {LATE:g} s, although another rank has written it: all ranks must see one file system")
+        time.sleep(0.05)
 
 
 def space(size: float) -> str:
@@ -251,10 +263,11 @@ class Checkpoints:
             failure = error
         self._agree(failure, temporary)
         try:
+            wait_for(temporary / "tensors")
             self._write(temporary, tensors, objectives, {**state, "step": step}, rng)
             if beside is not None:
                 beside(temporary)
-        except (OSError, RuntimeError, CheckpointException) as error:  # the last one is no Exception
+        except (OSError, RuntimeError, CheckpointError, CheckpointException) as error:  # the last one is no Exception
             failure = error
         except Exception as error:
             if "Safetensor" not in type(error).__name__:
@@ -263,18 +276,17 @@ class Checkpoints:
         self._agree(failure, temporary)
         try:
             # Every rank hashes its share of the files.
-            written = [path for path in _files(temporary) if not path.name.startswith(_PART)]
-            for path in written[self.world.rank :: self.world.size]:
+            for path in self._written(temporary)[self.world.rank :: self.world.size]:
                 fsync(path)
                 entries[path.relative_to(temporary).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
             (temporary / f"{_PART}{self.world.rank}").write_text(json.dumps(entries), encoding="utf-8")
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             failure = error
         self._agree(failure, temporary)
         try:
             if self.world.rank == 0:
                 self._commit(temporary, target, step)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             failure = error
         self._agree(failure, temporary)
         if self.world.rank == 0:
@@ -282,6 +294,19 @@ class Checkpoints:
             self.note(f"  -> checkpoint saved to {target} ({space(size)})")
             self._prune()
         self.world.barrier()
+
+    def _written(self, temporary: Path) -> list[Path]:
+        """The files of a save, once every rank sees the same ones: on a shared disk those of other machines come late."""
+        until = time.monotonic() + LATE
+        while True:
+            files = [path for path in _files(temporary) if not path.name.startswith(_PART)]
+            names = "\n".join(path.relative_to(temporary).as_posix() for path in files)
+            seen = self.world.gather([int.from_bytes(hashlib.sha256(names.encode()).digest()[:7], "big"), int(time.monotonic() > until)])
+            if bool((seen[:, 0] == seen[0, 0]).all()):
+                return files
+            if int(seen[:, 1].max()):
+                raise CheckpointError(f"{temporary}: after {LATE:g} s ranks still see different files in it: all must see one file system")
+            time.sleep(0.1)
 
     def check_room(self, tensors: dict[str, Tensor], saves: int) -> None:
         """Raises :class:`NoSpace` if the checkpoints that a run of ``saves`` saves keeps, and the one being written, do not fit."""
@@ -355,7 +380,8 @@ class Checkpoints:
 
     def _commit(self, temporary: Path, target: Path, step: int) -> None:
         files: dict[str, dict[str, Any]] = {}
-        for part in sorted(temporary.glob(f"{_PART}*")):
+        for part in [temporary / f"{_PART}{rank}" for rank in range(self.world.size)]:
+            wait_for(part)
             files.update(json.loads(part.read_text(encoding="utf-8")))
             part.unlink()
         manifest = temporary / MANIFEST
@@ -415,6 +441,7 @@ class Checkpoints:
         if step < 0:
             return None
         path = self.folder / (FINAL if is_final else step_name(step))
+        wait_for(path / "state.json")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         _compare_shapes(path, state["shapes"], tensors)
         _read_tensors(path, tensors, self.world)
