@@ -18,6 +18,7 @@ VERBS = [
     "prepare",
     "run",
     "check",
+    "plan",
     "init",
     "ls",
     "explain",
@@ -33,7 +34,8 @@ VERBS = [
 LIGHT = """
 import contextlib, io, sys
 from limbeck.cli.app import app
-for line in ("--help", "run --help", "check hybrid align.loop.tokens=1M", "check nothing", "init hybrid", "ls", "ls mixers",
+for line in ("--help", "run --help", "check hybrid align.loop.tokens=1M", "check nothing", "plan --help", "plan hybrid",
+             "plan agentic_lora --device h200 --gpus 8 --brief", "plan Qwen3-Coder-Next --json", "plan nothing", "init hybrid", "ls", "ls mixers",
              "schema", "explain swa"):
     out, words = io.StringIO(), line.split()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.suppress(SystemExit):
@@ -84,6 +86,7 @@ def test_schema_is_json() -> None:
         (["check", "nowhere.yaml"], "no such file"),
         (["check", "hybrid", "align.lop.tokens=3"], "did you mean 'loop'"),
         (["run", "nowhere.yaml"], "no such file"),
+        (["plan", "nowhere.yaml"], "no such file"),
         (["prepare", "nowhere.yaml"], "no such file"),
         (["init", "nothing"], "no shipped recipe 'nothing'"),
         (["ls", "nothing"], "unknown kind 'nothing'"),

@@ -22,6 +22,7 @@ from limbeck.cli.export import export
 from limbeck.cli.generate import generate
 from limbeck.cli.init import init
 from limbeck.cli.ls import ls
+from limbeck.cli.plan import plan
 from limbeck.cli.prepare import prepare
 from limbeck.cli.quickstart import quickstart
 from limbeck.cli.report import report
@@ -83,7 +84,9 @@ app = typer.Typer(
     cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Distil large language models into something cheaper to run.",
 )  # fmt: skip
-for verb in (quickstart, init, check, run, prepare, report, evaluate, generate, export, serve, teach, distill_ternary, signals, ls, explain, schema, doctor):
+for verb in (
+    quickstart, init, check, plan, run, prepare, report, evaluate, generate, export, serve, teach, distill_ternary, signals, ls, explain, schema, doctor,
+):  # fmt: skip
     app.command()(verb)
 app.add_typer(adapters, name="adapters")
 
