@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from limbeck.adapters.inject import Injector
 from limbeck.adapters.spec import Adapters
 from limbeck.config.parts.trajectories import EvaluateAgentStageOptions
 from limbeck.data.conditions.store import ConditionSet
+from limbeck.engine.console import duration
 from limbeck.engine.precision import autocast
 from limbeck.engine.step import TrainStep
 from limbeck.errors import RunError
@@ -27,6 +29,9 @@ from limbeck.stages.teaching import build_teacher, check_teacher_vocabulary
 from limbeck.stages.train import trained_model
 from limbeck.students.generator.student import GeneratorStudent, is_generator
 from limbeck.types import Batch, TopKSignal
+
+SPOKEN = 15.0
+"""Seconds between lines of progress."""
 
 
 class EvaluateAgentStage:
@@ -58,13 +63,28 @@ class EvaluateAgentStage:
                 main.model, Injector(main.model, main.spec), self.conditions, tokenizer, options.rows, self._asker(teacher), options.turns, options.new_tokens
             )
             with autocast(context.world.device, options.precision):
-                found = {i: judge.judge(i, self._columns(i, chosen)) for split in options.splits for chosen in [self._chosen(split)] for i in chosen}
+                found = self._judged(judge)
         finally:
             getattr(teacher, "close", lambda: None)()
         if not found:
             words = ", ".join(options.splits)
             raise RunError(f"stage '{context.name}': there is no issue of {words} to judge: hold repositories out (`held_out` of the trajectories)")
         self._write(self.conditions, found)
+
+    def _judged(self, judge: AgentJudge) -> dict[int, dict[str, Found]]:
+        """Every model on every chosen issue; how far it is, now and then."""
+        chosen = {split: self._chosen(split) for split in self.options.splits}
+        issues = [(i, ids) for ids in chosen.values() for i in ids]
+        found: dict[int, dict[str, Found]] = {}
+        began = spoken = time.monotonic()
+        for number, (issue, ids) in enumerate(issues, 1):
+            found[issue] = judge.judge(issue, self._columns(issue, ids))
+            now = time.monotonic()
+            if now - spoken > SPOKEN:
+                spoken = now
+                left = (len(issues) - number) * (now - began) / number
+                self.context.say(f"  {number} of {len(issues)} issues judged  eta {duration(left)}")
+        return found
 
     def _open(self, stage: str, conditions: ConditionSet, beside: GeneratorStudent | None = None) -> GeneratorStudent:
         folder = trained_model(self.context, stage)
