@@ -29,6 +29,7 @@ VERBS = [
     "teach",
     "signals",
     "report",
+    "compare",
     "doctor",
 ]
 LIGHT = """
@@ -44,11 +45,34 @@ for line in ("--help", "run --help", "check hybrid align.loop.tokens=1M", "check
     heavy = {"torch", "transformers", "tokenizers", "numpy", "datasets", "safetensors"} & set(sys.modules)
     assert not heavy, (words, heavy)
 """
+PAGES = """
+import contextlib, io, json, sys, tempfile
+from pathlib import Path
+from limbeck.cli.app import app
+with tempfile.TemporaryDirectory() as folder:
+    for name in "ab":
+        (Path(folder) / name / "s").mkdir(parents=True)
+        options = {"kind": "train", "seed": ord(name)}
+        (Path(folder) / name / "recipe.json").write_text(json.dumps({"name": name, "stages": {"s": options}}))
+        (Path(folder) / name / "s" / "stage.json").write_text(json.dumps({"kind": "train", "status": "finished", "options": options}))
+    for line in ("report {0}/a", "compare {0}/a {0}/b --out {0}/c.html"):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            app(line.format(folder).split(), prog_name="limbeck")
+        assert ".html" in out.getvalue(), (line, out.getvalue())
+        heavy = {"torch", "transformers", "tokenizers", "numpy", "datasets", "safetensors"} & set(sys.modules)
+        assert not heavy, (line, heavy)
+"""
 runner = CliRunner()
 
 
 def test_light_verbs_import_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pages_of_runs_are_made_without_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

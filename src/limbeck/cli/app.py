@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from limbeck import __version__
 from limbeck.cli.adapters import adapters
 from limbeck.cli.check import check
+from limbeck.cli.compare import compare
 from limbeck.cli.distill_ternary import distill_ternary
 from limbeck.cli.doctor import doctor
 from limbeck.cli.evaluate import evaluate
@@ -85,7 +86,7 @@ app = typer.Typer(
     help="Distil large language models into something cheaper to run.",
 )  # fmt: skip
 for verb in (
-    quickstart, init, check, plan, run, prepare, report, evaluate, generate, export, serve, teach, distill_ternary, signals, ls, explain, schema, doctor,
+    quickstart, init, check, plan, run, prepare, report, compare, evaluate, generate, export, serve, teach, distill_ternary, signals, ls, explain, schema, doctor,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(adapters, name="adapters")

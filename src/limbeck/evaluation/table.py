@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,12 @@ class Row:
     measure: str
     cells: tuple[str, ...]
     best: int | None = None
+    values: tuple[float | None, ...] = ()
+    """What the cells say, as numbers."""
+    form: Callable[[float], str] = str
+    """How a number becomes a cell."""
+    better: int = 0
+    """1: more is better, -1: less is, 0: neither."""
 
 
 def comparison_rows(results: dict[str, Any]) -> list[Row]:
@@ -35,7 +41,7 @@ def comparison_rows(results: dict[str, Any]) -> list[Row]:
         # What prints alike is no contest.
         if best is not None and sum(cells[i] == cells[best] for i in contest) > 1:
             best = None
-        rows.append(Row(group, measure, cells, best))
+        rows.append(Row(group, measure, cells, best, tuple(values), form, better))
 
     text, against = results.get("perplexity", {}), results.get("divergence", {})
     for key, label, form in (

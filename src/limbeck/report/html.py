@@ -50,16 +50,20 @@ def page(run: Run) -> str:
         if stage.ranking:
             body.append(_ranking(stage.name, stage.ranking))
         if stage.metrics:
-            facts = f"{quantity(stage.tokens)} tokens, {_duration(stage.record.get('seconds'))}"
-            body.append(f"<h2>Training: {escape(stage.name)}</h2><p class='note'>{facts}</p>{_figures(training_figures(stage))}")
+            facts = f"{quantity(stage.tokens)} tokens, {duration(stage.record.get('seconds'))}"
+            body.append(f"<h2>Training: {escape(stage.name)}</h2><p class='note'>{facts}</p>{figure_grid(training_figures(stage))}")
         if stage.grid:
-            body.append(f"<h2>Grid: {escape(stage.name)}</h2>{_grid(stage.grid)}")
-    body += [_samples(stage) for stage in run.stages if (stage.evaluation or {}).get("samples")]
+            body.append(f"<h2>Grid: {escape(stage.name)}</h2>{grid_table(stage.grid)}")
+    body += [samples_panel(stage.evaluation, model_colours(stage)) for stage in run.stages if stage.evaluation and stage.evaluation.get("samples")]
     body.append(_provenance(run))
-    title = f"{escape(run.name)} · Limbeck"
+    return document(run.name, body)
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A page of sections: everything in one file."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
+        f"<title>{escape(title)} · Limbeck</title><style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
     )
 
 
@@ -91,7 +95,7 @@ def _header(run: Run) -> str:
     trained = [s for s in run.stages if s.metrics]
     if trained:
         seconds = sum(s.record.get("seconds") or 0 for s in trained)
-        note = f"tokens in {_duration(seconds)}, {len(trained)} stage{'s' * (len(trained) > 1)}"
+        note = f"tokens in {duration(seconds)}, {len(trained)} stage{'s' * (len(trained) > 1)}"
         shown.append(("trained on", quantity(sum(s.tokens for s in trained)), note))
     if stage is not None:
         parts.append(_strip(stage))
@@ -128,11 +132,11 @@ def _evaluation(stage: Stage) -> str:
         lines.append(f"<tr><td>{escape(row.measure)}</td>{cells}</tr>")
     head = "".join(f"<th>{escape(name)}</th>" for name in results["models"])
     table = f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    return f"<h2>Comparison</h2>{table}<p class='note'>{note}</p>{_figures(_evaluation_figures(stage), 'figures two')}"
+    return f"<h2>Comparison</h2>{table}<p class='note'>{note}</p>{figure_grid(evaluation_figures(results, model_colours(stage)), 'figures two')}"
 
 
-def _evaluation_figures(stage: Stage) -> list[tuple[str, str, str]]:
-    results, colours = stage.evaluation or {}, model_colours(stage)
+def evaluation_figures(results: dict[str, Any], colours: dict[str, str]) -> list[tuple[str, str, str]]:
+    """``(title, note, chart)`` of what depends on a distance or a context: recall, cache, decode rate; a line a model."""
     figures = []
     for task in dict.fromkeys(task for task, _ in recall_points(results)):
         distances = [distance for name, distance in recall_points(results) if name == task]
@@ -155,6 +159,7 @@ def _evaluation_figures(stage: Stage) -> list[tuple[str, str, str]]:
         series = [
             Series(name, [(e["context"], e[key]) for e in results[measure][name]], colour, name == "copy_init", markers=True)
             for name, colour in colours.items()
+            if name in results[measure]
         ]
         chart = line_chart(
             series, width=WIDE, x_label="context, tokens", y_label=title, log_x=True, log_y=log, x_ticks=known,
@@ -177,7 +182,7 @@ def _ranking(name: str, ranking: dict[str, Any]) -> str:
             series, width=2 * WIDE, x_label="layer", y_label="importance", x_ticks=ticks, y_format=lambda y: f"{100 * y:.0f}%"
         )
         figures.append(("Importance", "share of the method's most important layer", chart + legend(series)))
-    return f"<h2>Layer ranking: {escape(name)}</h2>{_figures(figures, 'figures one')}{ranking_panel(ranking)}"
+    return f"<h2>Layer ranking: {escape(name)}</h2>{figure_grid(figures, 'figures one')}{ranking_panel(ranking)}"
 
 
 def _binary_ticks(values: list[float]) -> list[float]:
@@ -186,7 +191,8 @@ def _binary_ticks(values: list[float]) -> list[float]:
     return [4.0**power for power in range(low, high + 1) if min(values) * 0.9 <= 4.0**power <= max(values) * 1.1]
 
 
-def _figures(figures: Iterable[tuple[str, str, str]], layout: str = "figures") -> str:
+def figure_grid(figures: Iterable[tuple[str, str, str]], layout: str = "figures") -> str:
+    """Figures beside each other, each with its title and note."""
     cells = (
         f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>{chart}</figure>"
         for title, note, chart in figures
@@ -194,11 +200,12 @@ def _figures(figures: Iterable[tuple[str, str, str]], layout: str = "figures") -
     return f'<div class="{layout}">{"".join(cells)}</div>'
 
 
-def _samples(stage: Stage) -> str:
-    results, colours = stage.evaluation or {}, model_colours(stage)
+def samples_panel(results: dict[str, Any], colours: dict[str, str]) -> str:
+    """What the models wrote after the same prompts, side by side."""
     drawn = results.get("setting", {}).get("samples") or {}
     how = f"sampled at temperature {drawn['temperature']}" if drawn.get("temperature") else "greedy"
-    parts = [f"<h2>Samples</h2><p class='note'>{how}; underlined as far as it is the teacher's own text.</p>"]
+    underlined = "; underlined as far as it is the teacher's own text" if results.get("teacher") else ""
+    parts = [f"<h2>Samples</h2><p class='note'>{how}{underlined}.</p>"]
     for sample in results["samples"]:
         reference = sample["continuations"].get(results.get("teacher"))
         texts = []
@@ -218,7 +225,8 @@ def _common(a: str, b: str) -> int:
     return same if a[:same].strip() else 0
 
 
-def _grid(rows: list[dict[str, Any]]) -> str:
+def grid_table(rows: list[dict[str, Any]]) -> str:
+    """A row a cell of a grid, a column a setting or result."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     lines = []
@@ -237,7 +245,7 @@ def _provenance(run: Run) -> str:
         trained = f"{stage.tokens:,}" if stage.tokens else ""
         stages.append(
             f"<tr><td>{escape(stage.name)}</td><td>{escape(stage.kind)}</td><td{mark}>{escape(status)}</td>"
-            f"<td>{trained}</td><td>{_duration(stage.record.get('seconds'))}</td></tr>"
+            f"<td>{trained}</td><td>{duration(stage.record.get('seconds'))}</td></tr>"
         )
     environment = run.environment
     facts = {key: environment[key] for key in ("machine", "started") if key in environment} | environment.get("versions", {})
@@ -254,7 +262,8 @@ def _provenance(run: Run) -> str:
     )
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """``3.5 s``, ``2 min 05 s``, ``1 h 20 min``."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
     whole = round(seconds)

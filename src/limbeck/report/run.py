@@ -32,6 +32,8 @@ class Stage:
     """Options, spec and base of a trained generator (or predictor)."""
     agent: dict[str, Any] | None = None
     """A LoRA generator on agents' trajectories."""
+    folder: Path | None = None
+    """Where it lies."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -87,23 +89,30 @@ def read_run(path: Path) -> Run:
         folder = inside(path, name)
         if folder is None:
             raise CheckpointError(f"{path / 'recipe.json'}: a stage is called {name!r:.80}, which leads out of the run: this is no recipe of `limbeck run`")
-        record = _json(folder / "stage.json")
-        if record is not None:
-            stages.append(
-                Stage(
-                    name,
-                    record,
-                    read_metrics(folder / "metrics.jsonl"),
-                    _json(folder / "evaluation" / "evaluation.json"),
-                    _json(folder / "grid.json"),
-                    _json(folder / "ranking" / "ranking.json"),
-                    _json(folder / "evaluation" / "adapters.json"),
-                    _json(folder / "conditions" / "conditions.json"),
-                    _json(folder / "model" / "generator.json"),
-                    _json(folder / "evaluation" / "agent.json"),
-                )
-            )
+        stage = read_stage(folder, name)
+        if stage is not None:
+            stages.append(stage)
     return Run(path, recipe, _json(path / "environment.json") or {}, stages)
+
+
+def read_stage(folder: Path, name: str) -> Stage | None:
+    """One stage, or a cell of its grid; None where none was started."""
+    record = _json(folder / "stage.json")
+    if record is None:
+        return None
+    return Stage(
+        name,
+        record,
+        read_metrics(folder / "metrics.jsonl"),
+        _json(folder / "evaluation" / "evaluation.json"),
+        _json(folder / "grid.json"),
+        _json(folder / "ranking" / "ranking.json"),
+        _json(folder / "evaluation" / "adapters.json"),
+        _json(folder / "conditions" / "conditions.json"),
+        _json(folder / "model" / "generator.json"),
+        _json(folder / "evaluation" / "agent.json"),
+        folder,
+    )
 
 
 def _json(path: Path) -> Any:

@@ -47,7 +47,9 @@ th, td { text-align: right; padding: 5px 12px; border-bottom: 1px solid var(--ru
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
 thead th { font-weight: 600; border-bottom: 1.5px solid var(--ink); }
 tr.group td { color: var(--soft); font-size: 12.5px; padding-top: 14px; border-bottom-color: var(--soft); }
-td.best { font-weight: 700; }
+td.best { font-weight: 700; } td small { font-size: 11.5px; font-weight: 400; color: var(--soft); margin-left: 4px; }
+.wide .key { margin-right: 8px; }
+.texts-table th, .texts-table td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 18px; align-items: start; }
 .figures.two { grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); }
 .figures.one { grid-template-columns: 1fr; }
