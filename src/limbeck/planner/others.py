@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from math import ceil, comb
 from typing import Any
 
@@ -47,6 +48,7 @@ def _finished(
             f"{size_text(most)} on one device, over which nothing is sharded in this stage, and {machine.usable:g} x {size_text(machine.device.memory)} = "
             f"{size_text(machine.budget)} are there"
         )
+        # Of a device: nothing in the recipe makes one model smaller.
         changes = (f"--memory {ceil(most / machine.usable / 1e9)}GB",)
     if seconds is not None:
         facts.append(Fact("time", "wall clock", seconds, "seconds", "of operations alone"))
@@ -223,32 +225,48 @@ def _deltas(chain: Chain, name: str, options: Any, machine: Machine) -> Part:
 
 def _evaluate(chain: Chain, name: str, options: Any, machine: Machine) -> Part:
     student = chain.student(options.from_)
-    model = student.architecture
+    model, base = student.architecture, student.base or student.architecture
     text = chain.text(options.data or chain.recipe.stages[options.from_].data)
+    beside = {other: _beside(chain, options.from_, other) for other in options.against}
     context = max(options.speed.contexts) if options.speed is not None else text.sequence
-    token, state = cache_bytes(model, context, 4 if options.precision == "float32" else 2)
-    bases = cache_bytes(student.base or model, context, 4 if options.precision == "float32" else 2)
-    items = [
-        always("student", weight_bytes(model.weights, "fp32"), "float32"),
-        always("another model", weight_bytes((student.base or model).weights, "fp32"), "teacher or another stage's, one at a time"),
-        Item("cache", max(token * context + state, bases[0] * context + bases[1]), note=f"decode rate at {context:,} tokens"),
-        *_pass_items(model, 8, text.sequence, options.precision),
-    ]
+    width = 4 if options.precision == "float32" else 2
+    caches = [token * context + state for token, state in (cache_bytes(one, context, width) for one in (model, *beside.values()))]
+
+    def items(names: Sequence[str]) -> list[Item]:
+        return [
+            always(options.from_, weight_bytes(model.weights, "fp32"), "float32"),
+            *(always(other, weight_bytes(beside[other].weights, "fp32"), "float32, beside it") for other in names),
+            Item("cache", max(caches), note=f"decode rate at {context:,} tokens"),
+            *_pass_items(model, 8, text.sequence, options.precision),
+        ]
+
     facts = [
         *parameter_facts(model.total, model.active, None, model.exact),
         Fact("cache", "a token", cache_bytes(model, context)[0], note="bfloat16"),
         Fact("cache", "a sequence", cache_bytes(model, context)[1], note="recurrent states, windows"),
-        Fact("cache", "base's, a token", cache_bytes(student.base or model, context)[0], note="bfloat16"),
+        Fact("cache", "base's, a token", cache_bytes(base, context)[0], note="bfloat16"),
     ]
-    tokens = options.rows * text.sequence * (1 + len(options.against))
-    return _finished(
-        name,
-        options.kind,
-        facts,
-        items,
-        machine,
-        tokens * forward_flops(model, text.sequence) / (machine.device.peak(options.precision) * machine.mfu),
-    )
+    # Rows are shared out to the ranks; models are whole on each.
+    tokens = options.rows * text.sequence * (1 + len(beside)) / machine.gpus
+    seconds = tokens * forward_flops(model, text.sequence) / (machine.device.peak(options.precision) * machine.mfu)
+    part = _finished(name, options.kind, facts, items(options.against), machine, seconds)
+    if part.fits:
+        return part
+    for count in range(len(beside) - 1, -1, -1):
+        for names in combinations(options.against, count):
+            if peak(items(names))[0] <= machine.budget:
+                return replace(part, changes=(f"{name}.against=[{','.join(names)}]", *part.changes), alternatives=True)
+    return part
+
+
+def _beside(chain: Chain, stage: str, other: str) -> Architecture:
+    """A model that an evaluation sets beside a stage's: its teacher or base, the student before any training, or another stage's."""
+    student = chain.student(stage)
+    if other == "teacher":
+        teacher = getattr(chain.recipe.stages[stage], "teacher", None)
+        named = getattr(teacher, "model", None) if getattr(teacher, "kind", None) == "local" else None
+        return chain.source(named).architecture if named is not None else student.base or student.architecture
+    return student.architecture if other == "copy_init" else chain.student(other).architecture
 
 
 def _judge(chain: Chain, name: str, options: Any, machine: Machine) -> Part:
