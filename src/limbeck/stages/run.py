@@ -30,6 +30,8 @@ from limbeck.config.base import From
 from limbeck.config.parts.stages import STAGES, DataOptions
 from limbeck.config.plugins import load_plugin
 from limbeck.config.recipe import CONDITION_STAGES, Recipe, references, stage_order
+from limbeck.config.redact import redacted_command
+from limbeck.config.trackers import check_trackers
 from limbeck.data.prepare import input_files
 from limbeck.engine.checkpoint import FINAL, saved_steps
 from limbeck.engine.lock import RunLock
@@ -45,7 +47,7 @@ HASHED_WHOLE = 64 * 2**20
 """Larger files of a model folder count by size and time."""
 COSMETIC = {
     "log_every", "log_form", "checkpoint_every", "keep_last", "keep_every", "save_in_background", "canary", "checkpoints", "validate_every",
-    "validate_rows", "deterministic", "on_out_of_memory", "zero_stage",
+    "validate_rows", "deterministic", "on_out_of_memory", "zero_stage", "trackers",
 }  # fmt: skip
 """Loop settings that do not change what a stage makes."""
 
@@ -74,6 +76,7 @@ def run_recipe(
     order = stage_order(recipe)
     if stage is not None and stage not in order:
         raise RunError(f"--stage {stage}: no such stage{did_you_mean(stage, order) or ';'} stages: {', '.join(order)}")
+    check_trackers(recipe)
     with interruptible() as interrupts:
         _own_kernels()
         world = connect(device)
@@ -393,7 +396,7 @@ def _record_start(recipe: Recipe, run_dir: Path, recipe_dir: Path) -> None:
         except PackageNotFoundError:
             versions[package] = "not installed"
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    command = " ".join(["limbeck", *sys.argv[1:]])
+    command = redacted_command(["limbeck", *sys.argv[1:]])
     facts = {"versions": versions, "machine": platform.platform(), "command": command, "started": started}
     write_json(run_dir / "environment.json", {**facts, "recipe_dir": str(recipe_dir.resolve()), "recipe_sha256": sha256(run_dir / "recipe.json")})
 
@@ -408,7 +411,7 @@ def open_stage(path: Path) -> StageContext:
         recipe_dir = Path(environment["recipe_dir"])
         for plugin in tree.get("plugins", ()):
             if (recipe_dir / plugin).resolve().is_relative_to(run_dir.resolve()):
-                raise RunError(f"{run_dir}: its recipe names a plug-in file inside the run directory ({plugin}), where a stranger could have put it: move it out")
+                raise RunError(f"{run_dir}: its recipe names a plug-in inside the run directory ({plugin}), where a stranger could have put it: move it out")
             load_plugin(plugin, recipe_dir)
         recipe = Recipe.model_validate(tree)
     except (ValidationError, LimbeckError, KeyError, TypeError, OSError) as error:
