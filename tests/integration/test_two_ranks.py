@@ -15,10 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
-from engine_parts import VOCAB, DenseCE, DenseKL, Loader, Rows, Student, Teacher, make_step, make_trainer
+from engine_parts import DenseCE, DenseKL, Loader, Rows, Student, Teacher, make_step, make_trainer
 from limbeck.engine.metrics import loss_trace, read_metrics
 from limbeck.engine.parallel import World, assert_sharded, connect, full_state_dict
-from limbeck.engine.step import StreamingTrainStep, TrainStep
+from limbeck.engine.step import TrainStep
 from limbeck.errors import RunError
 from limbeck.needs import HeadHidden
 
@@ -31,11 +31,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "stream-float32": ("stream", {"microbatch": 3}),
     "stream-float64": ("stream", {"precision": "float64"}),
 }
-HYBRID_RUNS: dict[str, dict[str, Any]] = {
-    "hybrid-stream": {"microbatch": 3},
-    "hybrid-kl": {"microbatch": 2, "activation_checkpointing": True},
-}
-"""The shipped parts on a tiny Qwen3: its own attention streamed to mixers, and KL from it with everything training."""
 SHORT = 21
 """Rows of the data: with 10 a step, the last step of an epoch has one row, and one of two ranks has none."""
 
@@ -54,51 +49,6 @@ def train(folder: Path, name: str, world: World) -> Any:
     )
     trainer.run()
     return trainer
-
-
-def save_base(folder: Path) -> str:
-    """A tiny tied Qwen3 to distil."""
-    from limbeck.models.loading import build_model, save_model
-
-    config = {
-        "model_type": "qwen3", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True,
-    }  # fmt: skip
-    save_model(build_model(config, seed=3), folder / "base")
-    return str(folder / "base")
-
-
-def hybrid_step(name: str, base: str) -> TrainStep:
-    """The train step that the stages would build for a hybrid that keeps its middle layer."""
-    from limbeck.config.parts.objectives import AttentionAlignmentOptions, ForwardKLOptions
-    from limbeck.config.parts.stages import StudentOptions
-    from limbeck.config.parts.teachers import LocalTeacherOptions, SelfTeacherOptions
-    from limbeck.objectives.attention_alignment import AttentionAlignment
-    from limbeck.objectives.kl import ForwardKL
-    from limbeck.students.selection import select_trainable
-    from limbeck.students.student import build_student
-    from limbeck.teachers.local import LocalTeacher
-    from limbeck.teachers.self_teacher import SelfTeacher
-
-    options = StudentOptions.model_validate({"base": base, "surgery": [{"kind": "hybridize", "keep": [1]}]})
-    student = build_student(options, str, seed=0, dtype=torch.float64)
-    if name == "hybrid-stream":
-        select_trainable(student, ("mixers",))
-        teacher: Any = SelfTeacher(SelfTeacherOptions(), base)
-        teacher.dtype = "float64"
-        teacher.load("cpu")
-        return StreamingTrainStep(student, AttentionAlignment(AttentionAlignmentOptions(calibration_batches=2)), teacher)
-    select_trainable(student, ("all",))
-    teacher = LocalTeacher(LocalTeacherOptions(model=base), base)
-    teacher.dtype = "float64"
-    teacher.load("cpu")
-    return TrainStep(student, [ForwardKL(ForwardKLOptions(temperature=2.0))], teacher, {HeadHidden: HeadHidden()})
-
-
-def train_hybrid(folder: Path, name: str, base: str, world: World) -> None:
-    make_trainer(
-        folder / name, hybrid_step(name, base), rows=Rows(SHORT), world=world, lr=1e-3, precision="float64", **HYBRID_RUNS[name]
-    ).run()
 
 
 def head_only_gradients(world: World) -> dict[str, torch.Tensor]:
@@ -133,8 +83,6 @@ def worker(rank: int, folder: Path) -> None:
             report[f"local {name}"] = sum(p.to_local().numel() for p in trainer.train_step.student.parameters())
             if rank == 0:
                 torch.save(weights, folder / f"{name}.pt")
-        for name in HYBRID_RUNS:
-            train_hybrid(folder, name, str(folder / "base"), world)
         torch.save(head_only_gradients(world), folder / f"head-{rank}.pt")
         # A run that one rank is told to stop is stopped on both, and continues from its checkpoint.
         trainer = make_trainer(
@@ -167,7 +115,6 @@ def worker(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    save_base(folder)
     try:
         mp.spawn(worker, (folder,), nprocs=2)
     except Exception:
@@ -204,15 +151,6 @@ def test_two_ranks_end_with_the_weights_of_one(one: Path, two: Path, name: str) 
     assert mine.keys() == theirs.keys()
     for key, value in mine.items():
         torch.testing.assert_close(theirs[key], value, atol=1e-3 if "32" in name else 1e-8, rtol=0)
-
-
-@pytest.mark.parametrize("name", HYBRID_RUNS)
-def test_two_ranks_train_a_hybrid_as_one_does(two: Path, tmp_path: Path, name: str) -> None:
-    train_hybrid(tmp_path, name, str(two / "base"), World(torch.device("cpu")))
-    mine, theirs = (loss_trace(folder / name / "metrics.jsonl") for folder in (tmp_path, two))
-    assert len(mine) == len(theirs) == 20
-    assert mine[-1] < mine[0]
-    assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) <= 1e-5
 
 
 def test_two_ranks_validate_to_the_same_number(one: Path, two: Path) -> None:
