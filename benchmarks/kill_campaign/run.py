@@ -91,9 +91,9 @@ POOL = {
     "loop": {"steps": 16, "rows": 1, "log_every": 1, "checkpoint_every": 2},
 }
 RANK = {
-    "kind": "rank_layers", "from": "align", "method": "ga_s2", "keep": 1, "rows": 8, "random_sets": 1,
+    "kind": "rank_layers", "from": "align", "method": "ga_s2", "keep": 1, "rows": 8, "random_sets": 5,
     "recall": {"tasks": ["repeat"], "distances": [8], "rows": 2},
-    "distil": {"optim": {"groups": [{"lr": 1e-3}]}, "loop": {"steps": 8, "batch_tokens": 256, "checkpoint_every": 2}},
+    "distil": {"optim": {"groups": [{"lr": 1e-3}], "schedule": {"kind": "constant"}}, "loop": {"steps": 8, "batch_tokens": 256, "checkpoint_every": 2}},
 }  # fmt: skip
 DELTAS = {"kind": "measure_deltas", "pool": {"from": "pool"}, "probes": {"count": 4, "length": 16}, "together": 1}
 CAPTURE = {"kind": "capture", "data": DATA, "teacher": {"kind": "local", "model": "base"}, "k": 16, "splits": ["train", "held_out"]}

@@ -37,10 +37,7 @@ class MeasureDeltasStage:
         self.options: MeasureDeltasStageOptions = context.options
 
     def run(self) -> None:
-        """Measure what is not in the cache; the same inputs give the same bytes."""
-        self.context.once(self._measure)
-
-    def _measure(self) -> None:
+        """Measure what is not in the cache, each rank its share; the same inputs give the same bytes."""
         context, options = self.context, self.options
         given = None if options.base is None else base_record(context.locate(options.base), str(options.base))
         pool = open_pool(context, options.pool, given)
@@ -52,7 +49,13 @@ class MeasureDeltasStage:
         self.cache = DeltaCache(context.run_dir / "delta_cache")
         # One compute dtype for the base and all that is compared with it.
         with torch.no_grad(), autocast(context.world.device, options.precision):
-            found = self._loras(pool) if pool.mode == "lora" else self._models(pool)
+            keys = self._loras(pool) if pool.mode == "lora" else self._models(pool)
+        # What the other ranks measured lies in the cache now.
+        context.world.barrier()
+        context.once(lambda: self._write(pool, {entry.name: (key, self._held(key)) for entry, key in zip(pool.entries, keys, strict=True)}))
+
+    def _write(self, pool: Pool, found: dict[str, tuple[str, np.ndarray]]) -> None:
+        context, options = self.context, self.options
         statistics = self._statistics({name: numbers for name, (_, numbers) in found.items()})
         moments = input_moments(self.model, pool.adapters(pool.entries[:1]).spec, self.probes) if options.moments else None
         out = context.folder / "deltas"
@@ -80,13 +83,17 @@ class MeasureDeltasStage:
     def _embed(self, model: Any, injector: Injector | None = None, adapters: Adapters | None = None) -> torch.Tensor:
         return embed(runner(model, injector), adapters, self.probes, self.represent, head=head_of(model))
 
-    def _loras(self, pool: Pool) -> dict[str, tuple[str, np.ndarray]]:
-        """All adapters x probes, ``together`` at a time, each lot of the same shape whatever is in the cache already."""
-        options, device = self.options, self.context.world.device
+    def _loras(self, pool: Pool) -> list[str]:
+        """All adapters x probes, ``together`` at a time, each lot of the same shape whatever is in the cache already; returns their keys."""
+        options, world, device = self.options, self.context.world, self.context.world.device
         adapters = pool.adapters()
         keys = [adapter_key(adapters, i, self.measuring) for i in range(len(adapters))]
         missing = [i for i, key in enumerate(keys) if key not in self.cache]
         self.context.say(f"  {len(keys)} adapters, {len(keys) - len(missing)} of them measured before")
+        # Nobody begins to fill the cache before all have seen what is missing.
+        world.barrier()
+        lots_of = [missing[i : i + options.together] for i in range(0, len(missing), options.together)]
+        missing = [i for lot in lots_of[world.rank :: world.size] for i in lot]
         injector = Injector(self.model, adapters.spec)
         began, done = time.monotonic(), 0
         try:
@@ -104,22 +111,21 @@ class MeasureDeltasStage:
                 self._progress(done, len(missing), began)
         finally:
             injector.remove()
-        return {entry.name: (key, self._held(key)) for entry, key in zip(pool.entries, keys, strict=True)}
+        return keys
 
-    def _models(self, pool: Pool) -> dict[str, tuple[str, np.ndarray]]:
-        """Whole models, one after the other."""
-        base = self._embed(self.model)
+    def _models(self, pool: Pool) -> list[str]:
+        """Whole models, one after the other; returns their keys."""
+        base, world = self._embed(self.model), self.context.world
         self.noise = 0.0
-        found = {}
+        keys = [f"model-{digest([fingerprint(str(pool.folder / entry.folder)), self.measuring])}" for entry in pool.entries]
         began = time.monotonic()
-        for number, entry in enumerate(pool.entries, 1):
-            key = f"model-{digest([fingerprint(str(pool.folder / entry.folder)), self.measuring])}"
+        mine = list(zip(pool.entries, keys, strict=True))[world.rank :: world.size]
+        for number, (entry, key) in enumerate(mine, 1):
             if key not in self.cache:
-                model = load_model(str(pool.folder / entry.folder), device=self.context.world.device)
+                model = load_model(str(pool.folder / entry.folder), device=world.device)
                 self.cache.put(key, (self._embed(model) - base)[0].cpu().numpy())
-                self._progress(number, len(pool.entries), began)
-            found[entry.name] = (key, self._held(key))
-        return found
+                self._progress(number, len(mine), began)
+        return keys
 
     def _held(self, key: str) -> np.ndarray:
         numbers = self.cache.get(key)
