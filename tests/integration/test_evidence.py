@@ -16,6 +16,7 @@ QUICK = {
     "benchmarks/delta_rule": [],
     "benchmarks/fused_loss": [],
     "benchmarks/injection": [],
+    "benchmarks/kill_campaign": ["--out", "{tmp}"],
     "benchmarks/loop_overhead": [],
     "benchmarks/signal_store": [],
     "benchmarks/teacher_latency": [],
