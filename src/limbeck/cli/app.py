@@ -22,6 +22,7 @@ from limbeck.cli.explain import explain
 from limbeck.cli.export import export
 from limbeck.cli.generate import generate
 from limbeck.cli.init import init
+from limbeck.cli.lm_eval import lm_eval
 from limbeck.cli.ls import ls
 from limbeck.cli.plan import plan
 from limbeck.cli.prepare import prepare
@@ -86,9 +87,14 @@ app = typer.Typer(
     help="Distil large language models into something cheaper to run.",
 )  # fmt: skip
 for verb in (
-    quickstart, init, check, plan, run, prepare, report, compare, evaluate, generate, export, serve, teach, distill_ternary, signals, ls, explain, schema, doctor,
+    quickstart, init, check, plan, run, prepare, report, compare, evaluate, generate, export, serve, teach, distill_ternary, signals, ls, explain,
+    schema, doctor,
 ):  # fmt: skip
     app.command()(verb)
+# Every word is the harness's, --help too.
+app.command("lm_eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": [], "allow_interspersed_args": False})(
+    lm_eval
+)
 app.add_typer(adapters, name="adapters")
 
 

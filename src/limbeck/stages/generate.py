@@ -113,7 +113,7 @@ def continuations(
     if is_generator(folder):
         writers = _of_generator(folder.resolve(), reads, prompt, compare)
     else:
-        _refuse_for_a_model(path, reads, compare)
+        refuse_for_a_model(path, reads, compare)
         source = resolve_source(path if folder == Path(path) else str(folder))
         writers = {"model": Writer(settled(load_model(source)), load_tokenizer(source))}
     return {
@@ -134,7 +134,8 @@ def texts_of(files: Sequence[Path]) -> list[str]:
     return texts
 
 
-def _refuse_for_a_model(path: str, reads: Reads, compare: bool) -> None:
+def refuse_for_a_model(path: str, reads: Reads, compare: bool = False) -> None:
+    """Say which option only a LoRA generator understands."""
     named = "--named" if reads.named is not None else "--condition" if reads else "--compare" if compare else None
     if named is not None:
         raise RunError(f"{path}: holds no trained LoRA generator, and {named} is for one: leave it out, or name the stage that trained one, RUN/STAGE")
@@ -142,11 +143,21 @@ def _refuse_for_a_model(path: str, reads: Reads, compare: bool) -> None:
 
 def _of_generator(folder: Path, reads: Reads, prompt: str, compare: bool) -> dict[str, Writer]:
     """The base with the LoRA that is generated, once, and if wanted without."""
+    student, adapters, tokenizer = adapted_base(folder, reads, prompt)
+    acting = {ADAPTED: adapters, **({BASE: None} if compare else {})}
+    return {title: Writer(student.model, tokenizer, partial(student.injector.active, who)) for title, who in acting.items()}
+
+
+def adapted_base(
+    folder: Path, reads: Reads, prompt: str | None = None, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[GeneratorStudent, Adapters, Any]:
+    """The generator of a stage's ``model/``, the LoRA that it makes of ``reads`` (else of ``prompt``), and the base's own tokenizer."""
     context = stage_of(folder)
     reads = _checked(reads, prompt, read_record(folder), context)
     conditions = None if reads.named is None else _own_conditions(context)
     chosen = None if conditions is None or reads.named is None else conditions.named(reads.named)
-    student = open_generator(context, folder, conditions, dtype=torch.float32)
+    student = open_generator(context, folder, conditions, dtype=dtype)
+    student.to(device)
     if chosen is not None and conditions is not None:
         adapters = _generate(student, torch.from_numpy(conditions.texts.of(np.array([chosen.id]))))
     elif reads:
@@ -154,14 +165,12 @@ def _of_generator(folder: Path, reads: Reads, prompt: str, compare: bool) -> dic
     else:
         adapters = static_adapter(student)
     # The base's own, so that its text is what it would be without any of this.
-    tokenizer = load_tokenizer(resolve_source(student.base_source), student.base_revision)
-    acting = {ADAPTED: adapters, **({BASE: None} if compare else {})}
-    return {title: Writer(student.model, tokenizer, partial(student.injector.active, who)) for title, who in acting.items()}
+    return student, adapters, load_tokenizer(resolve_source(student.base_source), student.base_revision)
 
 
 def _generate(student: GeneratorStudent, condition_1SC: Tensor) -> Adapters:
     with torch.no_grad():
-        return student.generate(condition_1SC).detach()
+        return student.generate(condition_1SC.to(student.model.device)).detach()
 
 
 def stage_of(folder: Path) -> StageContext:
@@ -180,7 +189,7 @@ def _own_conditions(context: StageContext) -> ConditionSet:
     return open_conditions(context, stage)
 
 
-def _checked(reads: Reads, prompt: str, record: dict[str, Any], context: StageContext) -> Reads:
+def _checked(reads: Reads, prompt: str | None, record: dict[str, Any], context: StageContext) -> Reads:
     """What is really read; refused before any weight is loaded."""
     if record["options"].get("condition") == "none":
         if reads:
@@ -189,13 +198,13 @@ def _checked(reads: Reads, prompt: str, record: dict[str, Any], context: StageCo
     if reads.texts and reads.named is not None:
         raise RunError("--named and --condition both say what is read: give one of them")
     if not reads and not prompt:
+        last = "or --named NAME" if prompt is None else "--named NAME, or a --prompt, which is read if there is nothing else"
         raise RunError(
-            f"stage '{context.name}' trained a LoRA generator, which needs something to read: give --condition TEXT, --condition-file FILE, --named NAME, "
-            "or a --prompt, which is read if there is nothing else"
+            f"stage '{context.name}' trained a LoRA generator, which needs something to read: give --condition TEXT, --condition-file FILE, {last}"
         )
     if reads.named is not None:
         return reads
-    texts, (most, _) = reads.texts or [prompt], record["text_shape"]
+    texts, (most, _) = reads.texts or [prompt or ""], record["text_shape"]
     if len(texts) > most:
         raise RunError(f"--condition: {len(texts)} texts, and this generator reads at most {most}: give fewer")
     if "" in texts:
