@@ -173,7 +173,8 @@ def test_a_stage_with_a_grid_is_all_of_its_cells_and_seeds_are_put_together(tmp_
 
 
 def test_the_page_is_well_formed_and_needs_nothing_from_outside(pair: list[Path]) -> None:
-    (pair[1] / "recipe.json").write_text(json.dumps({"name": NASTY, "stages": {"distil": train(student={"base": NASTY, NASTY: 1}), "evaluate": {"kind": "evaluate"}}}))
+    stages = {"distil": train(student={"base": NASTY, NASTY: 1}), "evaluate": {"kind": "evaluate"}}
+    (pair[1] / "recipe.json").write_text(json.dumps({"name": NASTY, "stages": stages}))
     found = side_by_side(*pair)
     text = comparison_page(found)
     checker = Checker()

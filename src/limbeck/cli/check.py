@@ -12,8 +12,10 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from limbeck.config.load import load_recipe, recipe_folder
     from limbeck.config.native import native_exports
     from limbeck.config.summary import summarise
+    from limbeck.config.trackers import check_trackers
 
     loaded = load_recipe(recipe, overrides or ())
+    check_trackers(loaded)
     notes: list[str] = []
     if native_exports(loaded):
         # Reads the teacher's config, by transformers: seconds that other recipes need not pay.

@@ -31,6 +31,7 @@ from limbeck.engine.recompute import outer_units, recompute
 from limbeck.engine.resources import memory_bytes, release_memory
 from limbeck.engine.signals import StopFlag
 from limbeck.engine.step import TrainStep
+from limbeck.engine.trackers import Trackers
 from limbeck.engine.validation import validate
 from limbeck.engine.window import Window
 from limbeck.errors import LimbeckError, RunError, TeacherError
@@ -101,6 +102,7 @@ class Trainer:
         identity: Mapping[str, str] | None = None,
         checkpoints: Path | None = None,
         beside_final: Callable[[Path], None] | None = None,
+        trackers: Trackers | None = None,
     ):
         """``checkpoints`` is where they lie, if not in ``folder``; ``beside_final`` (called on every rank) adds to the final one."""
         self.train_step = step
@@ -119,6 +121,7 @@ class Trainer:
         )
         self.checkpoint_folder = checkpoints or folder / "checkpoints"
         self.beside_final = beside_final
+        self.trackers = trackers
         self.microbatch = loop.microbatch
         self.at = _Position()
         self.window = Window()
@@ -211,7 +214,9 @@ class Trainer:
         self._resume()
         if self.at.step < self.total:
             self.checkpoints.check_room(self._tensors(), -(-self.total // self._save_every))
-        writer = MetricsWriter(self.folder / "metrics.jsonl", self.at.step) if self.world.rank == 0 else None
+        if self.trackers is not None:
+            self.trackers.say = self.voice.say
+        writer = MetricsWriter(self.folder / "metrics.jsonl", self.at.step, self.trackers) if self.world.rank == 0 else None
         try:
             self.voice.start()
             preempted = self._loop(stop, writer)

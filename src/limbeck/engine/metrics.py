@@ -13,7 +13,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from limbeck.errors import CheckpointError
 from limbeck.records import parse
@@ -57,10 +57,20 @@ def _finite(value: Any) -> Any:
     return [_finite(v) for v in value] if isinstance(value, list) else value
 
 
+class Mirror(Protocol):
+    """What is told every line of the file: the ``kept`` ones when it begins, each new one as it is written."""
+
+    def begin(self, kept: list[dict[str, Any]], resumed_step: int) -> None: ...
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
     """Appends lines.  Opening at a resumed step first cuts off everything logged after it."""
 
-    def __init__(self, path: Path, resumed_step: int):
+    def __init__(self, path: Path, resumed_step: int, mirror: Mirror | None = None):
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= resumed_step] if resumed_step else []
         if path.exists():
@@ -68,11 +78,17 @@ class MetricsWriter:
             beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             os.replace(beside, path)
         self._file = path.open("a", encoding="utf-8")
+        self._mirror = mirror
+        if mirror is not None:
+            mirror.begin(kept, resumed_step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line and flush it."""
-        self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        line = {key: _finite(value) for key, value in row.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        if self._mirror is not None:
+            self._mirror.write(line)
 
     def close(self) -> None:
         """Flush to disk and close."""
@@ -80,3 +96,5 @@ class MetricsWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+            if self._mirror is not None:
+                self._mirror.close()

@@ -12,6 +12,7 @@ import torch
 from limbeck.config.parts.objectives import OBJECTIVES
 from limbeck.config.parts.stages import StudentOptions, TrainStageOptions
 from limbeck.config.parts.teachers import TEACHERS
+from limbeck.config.redact import redacted
 from limbeck.data.conditions.loaders import ConditionLoader
 from limbeck.data.conditions.rows import ConditionRows
 from limbeck.data.conditions.spread import SpreadRows
@@ -22,6 +23,7 @@ from limbeck.engine.checkpoint import FINAL
 from limbeck.engine.loop import Trainer, TrainResult
 from limbeck.engine.parallel import full_state_dict
 from limbeck.engine.step import StreamingTrainStep, TrainStep
+from limbeck.engine.trackers import Tracked, Trackers
 from limbeck.errors import RunError
 from limbeck.files import same_files
 from limbeck.models.loading import load_tokenizer
@@ -170,8 +172,19 @@ class TrainStage:
             identity={"data": text.identity, "teacher": digest(teacher.fingerprint()) if teacher else "none"},
             checkpoints=checkpoint_folder(context),
             beside_final=save,
+            trackers=self._trackers(),
         )
         return trainer.run()
+
+    def _trackers(self) -> Trackers | None:
+        """What mirrors the metrics, on the first rank; a cell of a grid is a run of its own."""
+        context, chosen = self.context, self.options.loop.trackers
+        if not chosen or context.world.rank:
+            return None
+        place = context.folder.relative_to(context.run_dir).parts
+        name = "/".join([context.run_dir.name, *(part for part in place if part != "grid")])
+        config = redacted(self.options.model_dump(mode="json", by_alias=True))
+        return Trackers(chosen, Tracked(context.folder, name, context.recipe_dir, config), context.say)
 
     def _step(self, student: Any, teacher: Any) -> TrainStep:
         options = self.options

@@ -12,6 +12,7 @@ from limbeck.config.parts.precision import BLOCKS, types_for
 from limbeck.config.parts.sources import SOURCES
 from limbeck.config.parts.surgeries import SURGERIES
 from limbeck.config.parts.teachers import TEACHERS, ModelSource
+from limbeck.config.parts.trackers import TRACKERS
 from limbeck.needs import Need, TopK, merge_needs
 from limbeck.registry import Registry
 
@@ -193,6 +194,9 @@ class LoopOptions(Options):
     log_form: Literal["full", "short"] = "full"
     """What a logged step looks like on the console: `full` names every measure; `short` is
     `[    10/    100] loss=2.34 lr=0.020 gnorm=1.2 tok/s=8500 elapsed=20s`, which `training.log` holds in either case."""
+    trackers: Annotated[tuple[Annotated[Any, PartOf(TRACKERS)], ...], OneOrMany()] = ()
+    """Where each line of `metrics.jsonl` is shown too, as it is written: `[tensorboard, {kind: wandb, project: mine}]`.  One that fails ends
+    nothing; a run that goes on does so in the same place."""
     validate_every: int | None = Field(None, ge=1)
     """Steps between validations on held-out rows; none by default."""
     validate_rows: int = Field(32, ge=1)
@@ -228,6 +232,13 @@ class LoopOptions(Options):
         if len(given) != 1:
             found = ", ".join(given) or "none"
             raise ValueError(f"needs exactly one budget of `tokens`, `steps`, `samples`, `epochs`, found {found}")
+        return self
+
+    @model_validator(mode="after")
+    def _trackers_differ(self) -> LoopOptions:
+        kinds = [tracker.kind for tracker in self.trackers]
+        if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+            raise ValueError(f"`trackers` names {twice!r} {kinds.count(twice)} times: once is enough")
         return self
 
 
@@ -492,6 +503,8 @@ class ShortDistilOptions(Options):
                 f"optim.schedule '{self.optim.schedule.kind}' depends on the length of the run, so that a candidate stopped early "
                 "could not be compared: set `schedule: {kind: constant}`"
             )
+        if self.loop.trackers:
+            raise ValueError("loop.trackers: candidates are many short trainings whose scores the ranking shows: give trackers to train stages")
         return self
 
 
