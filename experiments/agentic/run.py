@@ -95,10 +95,10 @@ class Agentic:
             "against": [static],
             "teacher": {"kind": "stored", "signals": {"from": "signals"}},
             "top_k": self.k,
-            "issues": 3 if self.quick else 64,
+            "issues": 3 if self.quick else 40,
             "rows": 1,
-            "turns": 1 if self.quick else 2,
-            "new_tokens": 8 if self.quick else 160,
+            "turns": 1,
+            "new_tokens": 8 if self.quick else 96,
         }
         return stage
 
