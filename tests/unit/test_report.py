@@ -11,14 +11,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from limbeck.errors import CheckpointError
 from limbeck.evaluation.table import comparison_rows, size
 from limbeck.report.card import model_card
 from limbeck.report.curves import thin, training_figures
 from limbeck.report.html import write_report
-from limbeck.report.ranking import importance_series, ranking_panel
+from limbeck.report.ranking import DARKEST, importance_series, ranking_panel
 from limbeck.report.run import read_run
+from limbeck.report.style import STYLE
 from limbeck.report.svg import Series, line_chart, linear_ticks, log_ticks
 
 HYBRID = ["gated_deltanet", "gated_deltanet", "softmax", "gated_deltanet"]
@@ -124,6 +126,76 @@ def test_text_of_models_and_recipes_cannot_become_markup(run_dir: Path) -> None:
     text = write_report(run_dir).read_text(encoding="utf-8")
     assert "<script" not in text and "<b>P" not in text
     assert text.count("&lt;script&gt;") >= 6  # title, heading, description, command, prompt, continuations
+
+
+def origins(run_dir: Path) -> None:
+    """What newer runs record: device, commit, fingerprints; and secrets where somebody has put them."""
+    file = run_dir / "environment.json"
+    command = "limbeck run x.yaml distil.teacher.token=hush-hush --api-key abcdef"
+    more = {"device": "CPU, 2 threads", "commit": "abc123+changes", "command": command}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    file = run_dir / "distil/stage.json"
+    fingerprint = {"sha256": "f00d", "dtype": "bfloat16", "url": "https://me:hush-hush@host", "nothing": None}
+    made = {"data": "d4t4", "tokenizer": "70k3n", "teacher": "7eac", "teacher_fingerprint": fingerprint}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "made_from": made}))
+    file = run_dir / "recipe.json"
+    recipe = json.loads(file.read_text())
+    student = {"base": "Qwen/Qwen3-0.6B", "surgery": [{"kind": "ternarize"}]}
+    recipe["stages"]["distil"] |= {"teacher": {"kind": "http", "api_key": "hush-hush"}, "student": student}
+    file.write_text(json.dumps(recipe))
+
+
+def test_page_and_card_say_where_it_comes_from_without_secrets(run_dir: Path) -> None:
+    origins(run_dir)
+    page = write_report(run_dir)
+    card = page.with_name("model_card.md").read_text(encoding="utf-8")
+    text = re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8"))
+    for shown in (text, card):
+        for words in ("d4t4", "70k3n", "7eac: sha256 f00d, dtype bfloat16", "abc123+changes", "CPU, 2 threads", "2.13.0", "--api-key ***", "token=***"):
+            assert words in shown, words
+        assert "hush-hush" not in shown and "abcdef" not in shown and "nothing" not in shown
+
+
+def test_the_card_makes_the_run_again_and_names_its_base(run_dir: Path) -> None:
+    origins(run_dir)
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    recipe["description"] = "ends ```` a block"
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    card = model_card(read_run(run_dir))
+    head = yaml.safe_load(card.split("---")[1])
+    assert head == {"library_name": "transformers", "base_model": "Qwen/Qwen3-0.6B", "tags": ["limbeck", "distillation", "ternary"]}
+    again = yaml.safe_load(card.split("`````yaml\n")[1].split("\n`````")[0])
+    recipe["stages"]["distil"]["teacher"]["api_key"] = "***"
+    assert again == recipe and "limbeck run recipe.yaml" in card
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``#rrggbb`` (WCAG 2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def mixed(colour: str, paper: str, share: float) -> str:
+    return "#" + "".join(f"{round(share * int(colour[i : i + 2], 16) + (1 - share) * int(paper[i : i + 2], 16)):02x}" for i in (1, 3, 5))
+
+
+def test_every_colour_can_be_read_on_its_ground_by_day_and_by_night() -> None:
+    schemes = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)[:2]
+    for scheme in schemes:
+        colours = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", scheme))
+        assert len(colours) == 10, "paper, card, ink, soft, rule and five of models"
+        for ground in ("paper", "card"):
+            for name in set(colours) - {"paper", "card", "rule"}:
+                assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+        for share in (i / 100 for i in range(int(100 * DARKEST) + 1)):
+            assert contrast(colours["ink"], mixed(colours["student"], colours["paper"], share)) >= 4.5, share
+    assert "@media screen and (prefers-color-scheme: dark)" in STYLE, "paper is white at night too"
 
 
 def test_page_says_what_became_what_and_what_it_costs(run_dir: Path) -> None:

@@ -125,6 +125,12 @@ class Checker(HTMLParser):
             assert self.open.pop() == tag
 
 
+def test_the_map_shows_where_the_adapter_acts(run_dir: Path) -> None:
+    text, _ = report(run_dir)
+    row = re.search(r"<tr><td>self_attn.q_proj</td>(.*?)</tr>", text)
+    assert row and [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td[^>]*>.*?</td>", row[1])] == ["192", "", "192", "192"]
+
+
 def report(run_dir: Path) -> tuple[str, str]:
     """The page, checked, and its words."""
     text = write_report(run_dir).read_text(encoding="utf-8")

@@ -9,8 +9,9 @@ import typer
 
 
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
-    """Write a run's report, one HTML page."""
+    """Write a run's report, one HTML page, and its model card beside it."""
     from limbeck.cli.console import say
-    from limbeck.report.html import write_report
+    from limbeck.report.html import CARD, write_report
 
-    say(f"report {write_report(run)}")
+    page = write_report(run)
+    say(f"report {page}\nmodel card {page.with_name(CARD)}")

@@ -57,8 +57,14 @@ def redacted_text(text: str) -> str:
 
 
 def redacted_command(words: Sequence[str]) -> str:
-    """A command line for a shell, with stars in the place of secrets (``--api-key X``, ``teacher.token=X``)."""
-    shown, hide = [], False
+    """A command line for a shell, with stars in the place of secrets."""
+    return shlex.join(redacted_words(words))
+
+
+def redacted_words(words: Sequence[str]) -> list[str]:
+    """The words of a command, with stars in the place of secrets (``--api-key X``, ``teacher.token=X``)."""
+    shown: list[str] = []
+    hide = False
     for word in words:
         key, equals, value = word.partition("=")
         if hide:
@@ -67,4 +73,4 @@ def redacted_command(words: Sequence[str]) -> str:
             word = f"{key}={STARS}"
         hide = not hide and not equals and word.startswith("--") and is_secret(word)
         shown.append(redacted_text(word))
-    return shlex.join(shown)
+    return shown

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from limbeck.evaluation.table import count as quantity
 from limbeck.evaluation.table import percent
 from limbeck.report.adapters import (
     BASE,
@@ -43,7 +44,7 @@ def adapters_panel(judged: Judgement) -> str:
         # The header has the last one's.
         parts.append(tile_row(tiles(judged)))
     listed = "".join(f"<dt>{escape(label)}</dt><dd>{escape(words)}</dd>" for label, words in facts(judged.run, judged.generator))
-    parts.append(f"<h3>The generator: {escape(judged.generated)}</h3><dl>{listed}</dl>")
+    parts.append(f"<h3>The generator: {escape(judged.generated)}</h3><dl>{listed}</dl>{adapter_map(judged)}")
     parts += [_split(judged, split) for split in judged.splits]
     parts.append(_meanings(judged))
     if judged.results.get("composition"):
@@ -51,6 +52,27 @@ def adapters_panel(judged: Judgement) -> str:
     parts.append(f"{FOLDED}<summary>Every condition</summary>{_conditions(judged)}</details>")
     parts.append(f"<h3>Write an adapter</h3><pre>{escape(command(judged.generated))}</pre>")
     return "".join(parts)
+
+
+def adapter_map(judged: Judgement) -> str:
+    """Which Linears of which layers the LoRA changes, and by how many numbers: a row a site, a column a layer."""
+    stage = judged.generator
+    spec = ((stage.generator if stage else None) or {}).get("spec")
+    if not spec or not spec["sites"]:
+        return ""
+    layers = range(max(layer for site in spec["sites"] for layer in site["layers"]) + 1)
+    numbers = [spec["rank"] * (site["in_features"] + site["out_features"]) for site in spec["sites"]]
+    rows = []
+    for site, held in zip(spec["sites"], numbers, strict=True):
+        share = 45 * held / max(numbers)
+        cells = (
+            f'<td style="--share:{share:.0f}%" title="{escape(site["name"])}, layer {layer}">{quantity(held)}</td>' if layer in site["layers"] else "<td></td>"
+            for layer in layers
+        )
+        rows.append(f"<tr><td>{escape(site['name'])}</td>{''.join(cells)}</tr>")
+    head = "".join(f"<th>{layer}</th>" for layer in layers)
+    table = f'<table class="ranks"><thead><tr><th>layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return f"<h3>Where the LoRA acts</h3><p class='note'>Numbers that it has there; empty where the base stays as it is.</p><div class='wide'>{table}</div>"
 
 
 def tile_row(tiles: Iterable[tuple[str, str, str]]) -> str:

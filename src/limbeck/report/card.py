@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 
+import yaml
+
+from limbeck.config.redact import redacted
 from limbeck.evaluation.table import comparison_rows, percent
 from limbeck.report.adapters import (
     SPLITS,
@@ -22,6 +26,7 @@ from limbeck.report.adapters import (
     warnings,
 )
 from limbeck.report.agent import agent_lines, agent_stages
+from limbeck.report.provenance import made_from, made_with, safe_command
 from limbeck.report.run import Run, became
 
 
@@ -31,10 +36,7 @@ def model_card(run: Run, *, stock: bool = False, peft: bool = False) -> str:
     ``stock``: transformers alone loads it.  ``peft``: the folder holds adapters that a LoRA generator wrote, not a model.
     """
     stage = run.evaluated
-    if peft:
-        lines = ["---", "library_name: peft", "tags: [limbeck, distillation, lora]", "---", ""]
-    else:
-        lines = ["---", "library_name: transformers", "tags: [limbeck, distillation, hybrid-attention]", "---", ""]
+    lines = ["---", f"library_name: {'peft' if peft else 'transformers'}", *_base(run), f"tags: [{', '.join(_tags(run, peft))}]", "---", ""]
     lines += [f"# {_cell(run.name)}", ""]
     if stage is not None:
         lines += [became(stage.evaluation or {}), ""]
@@ -62,10 +64,45 @@ def model_card(run: Run, *, stock: bool = False, peft: bool = False) -> str:
     if trained:
         lines += ["## Training", ""]
         lines += [*(f"* {_cell(s.name)}: {s.tokens:,} tokens, {s.record.get('seconds', 0):.0f} s" for s in trained), ""]
-    versions = ", ".join(f"{name} {number}" for name, number in run.environment.get("versions", {}).items())
-    if versions:
-        lines += [f"Made with {versions}.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_made(run)])
+
+
+def _tags(run: Run, peft: bool) -> list[str]:
+    """Ours, and what its surgeries make of a base."""
+    stages = run.recipe.get("stages", {}).values()
+    kinds = {surgery.get("kind") for options in stages for surgery in (options.get("student") or {}).get("surgery") or () if isinstance(surgery, dict)}
+    words = {"hybridize": "hybrid-attention", "ternarize": "ternary", "lora_generator": "lora"}
+    made = ["lora"] if peft else [word for kind, word in words.items() if kind in kinds]
+    return ["limbeck", "distillation", *made]
+
+
+def _base(run: Run) -> list[str]:
+    """The hub's name of the base, where it is one: its licence goes with the student."""
+    for options in run.recipe.get("stages", {}).values():
+        base = (options.get("student") or {}).get("base")
+        if isinstance(base, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base):
+            return [f"base_model: {base}"]
+    return []
+
+
+def _made(run: Run) -> list[str]:
+    """Where it comes from, and how to make it again."""
+    lines = ["## How this was made", ""]
+    origins = made_from(run)
+    if origins:
+        lines += ["| stage | data | tokenizer | teacher |", "|---|---|---|---|"]
+        lines += [*(f"| {' | '.join(map(_cell, row))} |" for row in origins), ""]
+    lines += [*(f"* {_cell(name)}: {_cell(value)}" for name, value in made_with(run)), ""]
+    if run.environment.get("command"):
+        lines += [*_fenced(safe_command(run), "bash"), ""]
+    lines += ["The recipe below, saved as recipe.yaml, makes it again: `limbeck run recipe.yaml`.", ""]
+    return [*lines, *_fenced(yaml.safe_dump(redacted(run.recipe), sort_keys=False, allow_unicode=True).rstrip(), "yaml"), ""]
+
+
+def _fenced(text: str, language: str) -> list[str]:
+    """A block of code that its own text does not end."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 0)
+    return [f"{fence}{language}", text, fence]
 
 
 def _loading(stock: bool) -> list[str]:

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.redact import redacted
 from limbeck.evaluation.table import comparison_rows, contexts, recall_at, recall_points, size
 from limbeck.evaluation.table import count as quantity
 from limbeck.evaluation.table import tokens as token_count
@@ -16,18 +17,21 @@ from limbeck.files import write_atomically
 from limbeck.report.adapters import judgements, sentence, tiles, unjudged
 from limbeck.report.adapters_panel import adapters_panel, tile_row
 from limbeck.report.agent import agent_panel, agent_stages
+from limbeck.report.card import model_card
 from limbeck.report.curves import training_figures
+from limbeck.report.provenance import made_from, made_with, safe_command
 from limbeck.report.ranking import importance_series, ranking_panel
 from limbeck.report.run import Run, Stage, became, key_numbers, read_run
 from limbeck.report.style import STYLE
 from limbeck.report.svg import Series, legend, line_chart, number
 
+CARD = "model_card.md"
 WIDE = 480
 """Units across a chart of the evaluation, which stand two in a row; those of training stand three."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run directory, from what exists there.  Returns its path.
+    """Write ``report.html`` and ``model_card.md`` into a run directory, from what exists there.  Returns the page's path.
 
     Raises:
         CheckpointError: not a run directory, or a damaged file in it.
@@ -35,6 +39,7 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(Path(run_dir))
     path = run.path / "report.html"
     write_atomically(path, page(run))
+    write_atomically(run.path / CARD, model_card(run))
     return path
 
 
@@ -247,18 +252,20 @@ def _provenance(run: Run) -> str:
             f"<tr><td>{escape(stage.name)}</td><td>{escape(stage.kind)}</td><td{mark}>{escape(status)}</td>"
             f"<td>{trained}</td><td>{duration(stage.record.get('seconds'))}</td></tr>"
         )
-    environment = run.environment
-    facts = {key: environment[key] for key in ("machine", "started") if key in environment} | environment.get("versions", {})
-    versions = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
-    recipe = json.dumps(run.recipe, indent=2, ensure_ascii=False)
-    command = f"<h3>Command</h3><pre>{escape(environment['command'])}</pre>" if environment.get("command") else ""
+    versions = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in made_with(run))
+    recipe = json.dumps(redacted(run.recipe), indent=2, ensure_ascii=False)
+    command = f"<h3>Command</h3><pre>{escape(safe_command(run))}</pre>" if run.environment.get("command") else ""
+    origins = made_from(run)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in origins)
+    head = "<thead><tr><th>stage</th><th>data</th><th>tokenizer</th><th>teacher</th></tr></thead>"
+    table = f"<h3>Made from</h3><div class='wide'><table class='texts-table'>{head}<tbody>{rows}</tbody></table></div>" if origins else ""
     return (
         "<h2>How this was made</h2>"
         "<div class='wide'><table><thead><tr><th>stage</th><th>kind</th><th>status</th><th>tokens</th><th>time</th></tr></thead>"
         f"<tbody>{''.join(stages)}</tbody></table></div>{command}"
         "<h3>Again, from this page alone</h3><p class='note'>Save the resolved recipe below as recipe.json; JSON is YAML.</p>"
         f"<pre>limbeck run recipe.json</pre><details><summary>Resolved recipe</summary><pre>{escape(recipe)}</pre></details>"
-        f"<h3>Made with</h3><dl>{versions}</dl>"
+        f"{table}<h3>Made with</h3><dl>{versions}</dl>"
     )
 
 

@@ -138,8 +138,7 @@ def _trained(stage: Stage) -> Iterator[tuple[str, Measure]]:
     for key, value in (validations[-1] if validations else {}).items():
         name = key.removeprefix("validation/")
         if name != key and "/" not in name and isinstance(value, int | float):
-            form, better = KNOWN.get(name, (nats, 0))
-            yield f"held out: {name}", Measure(float(value), form, better)
+            yield f"held out: {name}", Measure(float(value), *KNOWN.get(name, (nats, 0)))
     if "seconds" in stage.record:
         yield "time", Measure(stage.record["seconds"], seconds)
     rates = [row["tokens_per_second"] for row in rows if isinstance(row.get("tokens_per_second"), int | float)]

@@ -11,6 +11,8 @@ from limbeck.evaluation.table import percent
 from limbeck.report.svg import Series, number
 
 COLOURS = ("student", "teacher", "third", "fourth", "ink", "soft")
+DARKEST = 0.55
+"""Share of colour under the first place: words must be read on it, by day and by night."""
 MANY_LAYERS = 16
 """From here on a table of scores is folded away."""
 
@@ -88,7 +90,7 @@ def _places(ranking: Mapping[str, Any]) -> str:
                 continue
             words = f"{name}, layer {layer}" + (f": importance {number(worth[layer])}" if layer in worth else "")
             kept = " class=kept" if layer in method["keep"] else ""
-            share = 0.7 * (1 - (place[layer] - 1) / layers)
+            share = DARKEST * (1 - (place[layer] - 1) / layers)
             cells.append(f'<td{kept} style="--share:{100 * share:.0f}%" title="{escape(words)}">{place[layer]}</td>')
         chosen = " (chosen)" if name == ranking["method"] else ""
         rows.append(f"<tr><td>{escape(name)}{chosen}</td>{''.join(cells)}</tr>")

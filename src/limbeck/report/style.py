@@ -4,14 +4,14 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #fbf9f5; --card: #ffffff; --ink: #211f1c; --soft: #6d675f; --rule: #e4ded4;
-  --teacher: #3d6a97; --student: #b5532a; --plain: #a09789; --third: #5b8a4e; --fourth: #8a5aa0;
+  --teacher: #3d6a97; --student: #b5532a; --plain: #776d60; --third: #4b7940; --fourth: #8a5aa0;
   --serif: "Iowan Old Style", "Palatino Linotype", Palatino, "Book Antiqua", Georgia, serif;
   --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
 }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root {
     --paper: #16171a; --card: #1e2024; --ink: #e9e5dd; --soft: #9d978d; --rule: #34363c;
-    --teacher: #7fb0df; --student: #e58a5c; --plain: #857e74; --third: #93c283; --fourth: #c194d6;
+    --teacher: #7fb0df; --student: #e58a5c; --plain: #968e83; --third: #93c283; --fourth: #c194d6;
   }
 }
 * { box-sizing: border-box; }
@@ -93,6 +93,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
   :root { --paper: #fff; --card: #fff; }
   body { font-size: 11px; } main { max-width: none; padding: 0; } h2 { margin-top: 26px; break-after: avoid; }
   .figures, .figures.two { grid-template-columns: repeat(2, 1fr); } h2 + .note { break-after: avoid; }
+  tr { break-inside: avoid; } tr.group { break-after: avoid; } h3 { break-after: avoid; }
   table { font-size: 10.5px; } th, td { padding: 2px 10px; } .tile strong { font-size: 20px; }
   details::details-content { content-visibility: visible; height: auto; } pre { white-space: pre-wrap; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

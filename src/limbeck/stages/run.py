@@ -10,14 +10,11 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,10 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from limbeck import __version__
 from limbeck.config.base import From
 from limbeck.config.parts.stages import STAGES, DataOptions
 from limbeck.config.plugins import load_plugin
 from limbeck.config.recipe import CONDITION_STAGES, Recipe, references, stage_order
-from limbeck.config.redact import redacted_command
 from limbeck.config.trackers import check_trackers
 from limbeck.data.prepare import input_files
 from limbeck.engine.checkpoint import FINAL, saved_steps
@@ -42,6 +37,7 @@ from limbeck.interrupts import Interrupts, held, interruptible
 from limbeck.models.loading import resolve_source
 from limbeck.stages.context import Say, StageContext
 from limbeck.stages.folder import EXIT_REASON, StageFolder, changed_fields, digest, read_object, write_json
+from limbeck.stages.provenance import surroundings
 
 HASHED_WHOLE = 64 * 2**20
 """Larger files of a model folder count by size and time."""
@@ -100,7 +96,7 @@ def _run_stages(run: _Run, order: list[str], stage: str | None, fresh: bool) -> 
                 )
     if world.rank == 0:
         _set_aside(recipe, run_dir, recipe_dir, chosen, keys, fresh, run.say)
-        _record_start(recipe, run_dir, recipe_dir)
+        _record_start(recipe, run_dir, recipe_dir, world.device)
     world.barrier()
     # Read by every rank before any of them starts to change it.
     done = {name for name in chosen if StageFolder(run_dir / name).finished(keys[name])}
@@ -387,18 +383,10 @@ def _aside(folder: StageFolder, options: Any, recipe_dir: Path) -> str:
     return aside.name
 
 
-def _record_start(recipe: Recipe, run_dir: Path, recipe_dir: Path) -> None:
+def _record_start(recipe: Recipe, run_dir: Path, recipe_dir: Path, device: torch.device) -> None:
     write_json(run_dir / "recipe.json", recipe.model_dump(mode="json", by_alias=True))
-    versions = {"limbeck": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    command = redacted_command(["limbeck", *sys.argv[1:]])
-    facts = {"versions": versions, "machine": platform.platform(), "command": command, "started": started}
-    write_json(run_dir / "environment.json", {**facts, "recipe_dir": str(recipe_dir.resolve()), "recipe_sha256": sha256(run_dir / "recipe.json")})
+    where = {"recipe_dir": str(recipe_dir.resolve()), "recipe_sha256": sha256(run_dir / "recipe.json")}
+    write_json(run_dir / "environment.json", {**surroundings(device), **where})
 
 
 def open_stage(path: Path) -> StageContext:

@@ -25,7 +25,7 @@ from limbeck.engine.parallel import full_state_dict
 from limbeck.engine.step import StreamingTrainStep, TrainStep
 from limbeck.engine.trackers import Tracked, Trackers
 from limbeck.errors import RunError
-from limbeck.files import same_files
+from limbeck.files import same_files, sha256
 from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import check_vocabulary, shared_ids
 from limbeck.needs import AttentionStream, merge_needs
@@ -141,6 +141,9 @@ class TrainStage:
             calibrate(context, student, teacher, rows)
         step = self._step(student, teacher)
         groups = parameter_groups(student, options.optim.groups)
+        fingerprint = teacher.fingerprint() if teacher else None
+        identity = {"data": text.identity, "teacher": digest(fingerprint) if fingerprint else "none"}
+        context.facts["made_from"] = {**identity, "tokenizer": tokenizer_digest(text.tokenizer), "teacher_fingerprint": redacted(fingerprint)}
 
         rows_per_step = max(1, round(options.loop.batch_tokens / rows.sequence))
         dealing: Any = ConditionLoader if isinstance(rows, ConditionRows) else Loader
@@ -169,7 +172,7 @@ class TrainStage:
             validation_rows=text.held_out,
             console=context.console,
             title=context.name,
-            identity={"data": text.identity, "teacher": digest(teacher.fingerprint()) if teacher else "none"},
+            identity=identity,
             checkpoints=checkpoint_folder(context),
             beside_final=save,
             trackers=self._trackers(),
@@ -241,6 +244,12 @@ def trained_model(context: StageContext, stage: str) -> Path:
     if kind != "train":
         raise RunError(f"stage '{context.name}': '{stage}' is a {kind} stage and has no model; name a train stage")
     return context.artefact(stage, "model")
+
+
+def tokenizer_digest(source: str) -> str | None:
+    """A short hash of a tokenizer's own file; None where it has none."""
+    file = Path(source) / "tokenizer.json"
+    return sha256(file)[:16] if file.exists() else None
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
