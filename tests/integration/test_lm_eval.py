@@ -26,8 +26,9 @@ pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager, manager
 
-from limbeck.evaluation.harness import LoadedLM, Tasks, run_tasks
+from limbeck.evaluation.harness import LoadedLM, Tasks, run_tasks, spoken
 
 KINDS = ("plain", "hybrid", "window", "ternary")
 STARTS = ["def f(x):\n    return", "", "import os\n" * 5, "a", "for item in items:\n    yield"]
@@ -45,6 +46,8 @@ def no_network() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
+        # One folder of the harness's own tasks: reading all of them takes half a minute.
+        patch.setattr(manager, "__file__", str(Path(manager.__file__).parent / "arc" / "manager.py"))
         yield
 
 
@@ -224,20 +227,61 @@ def test_json_alone_is_on_stdout_and_the_file_is_beside_the_other_evaluation(hom
         (["--tasks", "TASKS/choice.yaml", "--batch-size", "none"], "--batch-size none: allowed are a number from 1 on, and auto"),
         (["--tasks", "TASKS/choice.yaml", "--condition", "a"], "holds no trained LoRA generator, and --condition is for one"),
         (["--tasks", "TASKS/choice.yaml", "--data", "a"], "--data: is for the measures on text"),
+        (["--tasks", "TASKS/unsafe.yaml"], "such a task runs what a model writes; `limbeck lm_eval --confirm_run_unsafe_code` does"),
         (["--limit", "3"], "--limit: goes with --tasks"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(home: Path, words: list[str], message: str) -> None:
-    (home / "tasks" / "lost.yaml").write_text("task: lost\ndataset_path: nobody/nothing\ntest_split: test\ndoc_to_text: q\ndoc_to_target: a\n")
+    more = home / "more"
+    more.mkdir(exist_ok=True)
+    (more / "lost.yaml").write_text("task: lost\ndataset_path: nobody/nothing\ntest_split: test\ndoc_to_text: q\ndoc_to_target: a\n")
+    (more / "unsafe.yaml").write_text((home / "tasks" / "choice.yaml").read_text() + "unsafe_code: true\n")
+    words = [word.replace("TASKS/lost", f"{more}/lost").replace("TASKS/unsafe", f"{more}/unsafe") for word in words]
     done = CliRunner().invoke(app, ["evaluate", str(home / "plain"), *(word.replace("TASKS", str(home / "tasks")) for word in words)])
-    (home / "tasks" / "lost.yaml").unlink()
     assert done.exit_code == 2 and message in done.stderr, done.output
     assert "Traceback" not in done.output
 
 
 def test_a_task_that_nobody_has_is_refused_with_the_nearest_names() -> None:
+    assert "arc_easy" in TaskManager().all_tasks
     with pytest.raises(RunError, match=r"--tasks arc_esy: neither a task of the harness nor a \*.yaml file, did you mean 'arc_easy'"):
         Tasks(["arc_esy"])
+
+
+def test_a_group_of_a_folder_is_summed_up(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text("group: both\ntask:\n  - choice\n  - text\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n")
+    lm = opened(home / "plain", max_length=48)
+    found = run_tasks(lm, Tasks(["both"], [home / "tasks", tmp_path]))
+    assert set(found) == {"text", "choice", "both"}
+    assert found["both"]["group"] and found["both"]["metrics"]["acc,none"]["value"] == found["choice"]["metrics"]["acc,none"]["value"]
+
+
+def test_a_softmax_is_in_float32_whatever_the_weights_are(home: Path) -> None:
+    model, tokenizer = load_model(str(home / "plain"), dtype=torch.bfloat16), load_tokenizer(str(home / "plain"))
+    ids = tokenizer(TEXTS[1]).input_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([[tokenizer.bos_token_id, *ids]]), use_cache=False).logits[0, :-1]
+    expected = logits.float().log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum()
+    lm = LoadedLM(model, tokenizer)
+    assert lm.loglikelihood_rolling(asked("loglikelihood_rolling", (TEXTS[1],)))[0] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_tokenizer_that_neither_begins_nor_ends_a_text_is_refused(home: Path) -> None:
+    model, tokenizer = load_model(str(home / "plain")), load_tokenizer(str(home / "plain"))
+    tokenizer.eos_token = None
+    lm = LoadedLM(model, tokenizer)
+    with pytest.raises(RunError, match="no end-of-text token, which tasks that generate need: name `eos_token`"):
+        lm.generate_until(asked("generate_until", ("a", {"until": ["b"], "max_gen_toks": 2})))
+    tokenizer.bos_token = None
+    with pytest.raises(RunError, match="no token that begins or ends a text"):
+        LoadedLM(model, tokenizer)
+
+
+def test_a_warning_for_every_request_is_said_once(home: Path) -> None:
+    said: list[str] = []
+    with spoken(said.append):
+        run_tasks(opened(home / "plain", max_length=5), Tasks([str(home / "tasks" / "choice.yaml")]))
+    assert len([line for line in said if "Truncating" in line]) == 1 and len(said) == 1
 
 
 # -- the harness's own command line, and none of ours ---------------------------------------------------------------------------

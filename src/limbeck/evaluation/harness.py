@@ -106,38 +106,31 @@ class Tasks:
             if not folder.is_dir():
                 raise RunError(f"--include-path {folder}: no such folder")
         options: dict[str, Any] = {"include_path": [str(folder.resolve()) for folder in include] or None}
-        files, rest = _files(names)
-        # Some fifteen thousand files: read when a task is not among ours.
-        self.manager = TaskManager(include_defaults=False, **options)
-        known = set(self.manager.match_tasks(rest))
-        if any(not self.manager.match_tasks([name]) for name in rest):
-            self.manager = TaskManager(**options)
-            known = set(self.manager.match_tasks(rest))
-        for name in rest:
-            if not self.manager.match_tasks([name]):
-                raise RunError(f"--tasks {name}: neither a task of the harness nor a *.yaml file{did_you_mean(name, self.manager.all_tasks)}")
-        self.specs = [*files, *sorted(known)]
-        try:
-            self.built: dict[str, Any] = self.manager.load(self.specs)["tasks"]
-        except KeyError:
-            # A group of ours that names tasks of the harness.
-            self.manager = TaskManager(**options)
-            self.built = self._load()
-        except Exception as error:
-            raise self._cannot_build(error) from error
-
-    def _load(self) -> dict[str, Any]:
-        try:
-            return self.manager.load(self.specs)["tasks"]
-        except Exception as error:
-            raise self._cannot_build(error) from error
+        files, wanted = _files(names)
+        # The harness's own are some fifteen thousand files: read when ours do not do, by themselves or in what their groups name.
+        for complete in (False, True):
+            self.manager = TaskManager(include_defaults=complete, **options)
+            matches = {name: self.manager.match_tasks([name]) for name in wanted}
+            unknown = [name for name, found in matches.items() if not found]
+            if unknown and complete:
+                near = did_you_mean(unknown[0], self.manager.all_tasks)
+                raise RunError(f"--tasks {unknown[0]}: neither a task of the harness nor a *.yaml file{near}")
+            self.specs = [*files, *dict.fromkeys(match for found in matches.values() for match in found)]
+            if unknown:
+                continue
+            try:
+                self.built: dict[str, Any] = self.manager.load(self.specs)["tasks"]
+                return
+            except Exception as error:
+                # Data sets, YAML and the tasks' own code raise whatever they like.
+                if complete:
+                    raise self._cannot_build(error) from error
 
     def _cannot_build(self, error: Exception) -> RunError:
-        # Data sets, YAML and the tasks' own code raise whatever they like.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         return RunError(
             f"--tasks {','.join(self.specs)}: cannot be built ({type(error).__name__}: {lines[0][:300]}): a task names its data, which must be here "
-            "or on the hub, and fields that they have"
+            "or on the hub, and fields that they have; a group is named by its name, with --include-path for its folder"
         )
 
     def check(self, lm: LoadedLM) -> None:
