@@ -20,6 +20,10 @@ FUSED = {"kl": 3.0, "reverse_kl": 3.0, "jsd": 4.0, "ce": 1.5, "topk_kl": 1.5, "t
 """Buffers ``[chunk, V]`` in float32 that a fused loss holds at one time (``limbeck.ops.fused``)."""
 DENSE = {"kl": 9, "reverse_kl": 9, "jsd": 17, "ce": 3, "topk_kl": 4, "tether": 9}
 """Copies ``[tokens, V]`` in float32 that the usual implementation holds (measured of TRL's: 9 for KL, 17 for JSD)."""
+SAVING = 2
+"""Copies of its tensors that a checkpoint's writer holds in host memory: the tensors of a file side by side, and the file's bytes."""
+PROCESS = 10e6
+"""Bytes of a run's own objects on a CPU, beside what importing everything takes: rows, tokenizer, modules (measured)."""
 MOMENTS = ("forward", "backward", "step", "save")
 
 
@@ -187,9 +191,17 @@ def pass_items(student: Student, how: Setting) -> list[Item]:
     model, run = student.architecture, how.run
     kept = kept_bytes(model, run, how.recompute) * run.tokens
     note = "layer inputs, one layer whole" if how.recompute else "all layers"
-    items = [Item("activations", kept, max(0.0, kept / max(1, len(model.layers))) if not how.recompute else kept, 0.0, 0.0, note)]
-    back = backward_bytes(model, run) * run.tokens
-    return [*items, Item("one layer's way back", back, back, 0.0, 0.0, "gradients of activations")]
+    left = kept if how.recompute else kept / max(1, len(model.layers))
+    passing = backward_bytes(model, run) * run.tokens
+    return [
+        Item("activations", kept, left, 0.0, 0.0, note),
+        Item("a layer's passing tensors", passing, passing, 0.0, 0.0, "gradients of activations"),
+    ]
+
+
+def of_a_process(items: Iterable[Item], how: Setting) -> list[Item]:
+    """The items of one rank, on a CPU with the run itself."""
+    return [always("the run itself", PROCESS, "rows, tokenizer, modules"), *items] if how.on_cpu else list(items)
 
 
 def stream_items(student: Student, how: Setting) -> list[Item]:
@@ -233,8 +245,8 @@ def teacher_items(model: Architecture, dtype: str, how: Setting, same: bool = Fa
 
 
 def save_item(checkpoint: float, how: Setting) -> Item:
-    """Writing a checkpoint where tensors live in host memory: the writer holds the bytes of the file once more."""
-    return Item("checkpoint being written", 0.0, 0.0, 0.0, checkpoint / how.ranks if how.on_cpu else 0.0, "in host memory")
+    """Writing a checkpoint where tensors live in host memory."""
+    return Item("checkpoint being written", 0.0, 0.0, 0.0, SAVING * checkpoint / how.ranks if how.on_cpu else 0.0, "two copies in host memory")
 
 
 def peak(items: Sequence[Item]) -> tuple[float, str]:

@@ -13,11 +13,13 @@ from limbeck.planner.architecture import Architecture, Weight
 from limbeck.planner.devices import size_text
 from limbeck.planner.machine import Machine
 from limbeck.planner.memory import (
+    SAVING,
     Item,
     Setting,
     dense_logits,
     loss_items,
     network_items,
+    of_a_process,
     optimiser_items,
     pass_items,
     peak,
@@ -128,7 +130,7 @@ def items_of(stage: Training) -> list[Item]:
     if stage.teacher is not None:
         dtype = getattr(options.teacher, "dtype", "float32")
         items += teacher_items(stage.teacher.architecture, dtype, how, same=stage.streams)
-    return [*items, save_item(checkpoint_bytes(groups, options.loop.precision), how)]
+    return of_a_process([*items, save_item(checkpoint_bytes(groups, options.loop.precision), how)], how)
 
 
 def _probe_items(stage: Training) -> list[Item]:
@@ -203,9 +205,11 @@ def train_part(stage: Training, chain: Chain) -> Part:
     facts += _teacher_facts(stage, question, steps)
     seconds, rates = _time(stage, question, steps, count)
     facts += rates
-    host = model.total * wide(options.loop.precision) * machine.gpus
-    if machine.device.name != "cpu" and machine.gpus > 1:
-        facts.append(Fact("host", "memory while loading", host, note=f"{machine.gpus} ranks load whole float32 weights each"))
+    if machine.device.name != "cpu":
+        host = model.total * wide(options.loop.precision) * machine.gpus
+        saved = SAVING * checkpoint_bytes(groups, options.loop.precision)
+        facts.append(Fact("host", "memory while loading", host, note="every rank loads whole weights" if machine.gpus > 1 else ""))
+        facts.append(Fact("host", "memory while saving", saved, note="of all ranks: two copies of a checkpoint"))
     notes = (*student.notes, *((f"the teacher: {question.note}",) if question.note else ()))
     return Part(stage.name, "train", tuple(facts), tuple(items), machine.budget, seconds, violated(stage, items) or _full(stage, facts), notes=notes)
 
