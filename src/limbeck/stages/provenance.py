@@ -44,7 +44,8 @@ def device_words(device: torch.device) -> str:
     if device.type == "cuda":
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
-    return f"{device.type.upper()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
 
 
 def code_commit(package: Path) -> str | None:
