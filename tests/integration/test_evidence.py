@@ -18,6 +18,7 @@ QUICK = {
     "benchmarks/injection": [],
     "benchmarks/kill_campaign": ["--out", "{tmp}"],
     "benchmarks/loop_overhead": [],
+    "benchmarks/plan_memory": [],
     "benchmarks/signal_store": [],
     "benchmarks/teacher_latency": [],
     "benchmarks/ternary_decode": ["--out", "{tmp}"],
