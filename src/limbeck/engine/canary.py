@@ -34,12 +34,13 @@ class Canary:
         self.batch: Batch = next(iter(split(first, rows)), None) or padding_like(first)
 
     def score(self, step: TrainStep, at: int) -> float | None:
-        """Mean loss on the first rank's rows as the student is before step ``at``; None where that is no number.
+        """Mean loss on the first rank's rows as the student is after ``at`` steps; None where that is no number.
 
         Leaves modes and random streams as they were.
         """
         training = step.training
-        step.weights(at)
+        # Whatever follows the step stays where the last one left it: what is saved beside this must not move.
+        step.weights(max(0, at - 1))
         step.eval()
         batch = self.batch.to(self.world.device)
         with untouched_rng(), torch.no_grad(), autocast(self.world.device, self.precision):
