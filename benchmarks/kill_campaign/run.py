@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it also runs as a file
 
@@ -167,8 +168,25 @@ def made(subject: Subject, run: Path) -> dict[str, str]:
         found["trace"] = " ".join(value.hex() for row in rows for value in row["losses"])
     for pattern in subject.files:
         for path in sorted(p for p in folder.glob(pattern) if p.is_file()):
-            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[str(path.relative_to(folder))] = hashlib.sha256(content(path)).hexdigest()
     return found
+
+
+def content(path: Path) -> bytes:
+    """A file's bytes; of tensors their names and numbers, since safetensors writes what is said about them in any order."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    tensors = load_file(path)
+    return b"".join(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.flatten().view(torch.uint8).numpy().tobytes() for name, t in sorted(tensors.items()))
+
+
+def base(folder: Path) -> None:
+    """The model that all begin with, made in a process of its own: what forks must not have run threads of torch."""
+    process = os.fork()
+    if process == 0:
+        save_model(build_model(CONFIG, seed=1), folder, tokenizer_source=resolve_source(TOKENIZER))
+        os._exit(0)
+    assert outcome(process) == 0
 
 
 def leftovers(run: Path) -> list[str]:
@@ -278,7 +296,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
         os.environ["HF_HUB_OFFLINE"] = "1"
-        save_model(build_model(CONFIG, seed=1), Path(home) / "base", tokenizer_source=resolve_source(TOKENIZER))
+        base(Path(home) / "base")
         # Whatever is imported late is imported here, once, and not in every life.
         for module in ("capture", "export", "measure_deltas", "rank_layers", "train", "train_adapters"):
             import_module(f"limbeck.stages.{module}")
