@@ -64,7 +64,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start(home: Path, *launcher: str) -> subprocess.Popen[str]:
     words = [sys.executable, *launcher, "-m", "limbeck", "run", "recipe.yaml", "--run-dir", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(words, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Tests that run in the background of a shell have SIGINT ignored, and so would what they start.
+    process = subprocess.Popen(
+        words,
+        cwd=home,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 240
     while not (home / "run/under-way").exists():
         assert process.poll() is None and time.monotonic() < end, process.communicate()
