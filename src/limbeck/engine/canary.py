@@ -19,7 +19,8 @@ from limbeck.engine.step import TrainStep
 from limbeck.types import Batch
 
 SAME, OTHER = 1e-6, 1e-3
-"""Relative difference of two scores that are one: on the same ranks, threads, device and versions, and on others."""
+"""Relative difference of two scores that are one: with deterministic kernels on the same ranks, threads, device and versions, and
+elsewhere."""
 
 
 class Canary:
