@@ -143,9 +143,15 @@ def measure(size: dict[str, int], steps: int, seed: int, precision: str = "bfloa
             loader,
             groups=[(group, list(student.named_parameters()))],
             optim_options=OptimOptions.model_validate({"groups": [group], "schedule": {"kind": "constant"}}),
-            # Checkpoints are work of another kind, and a bare loop has none.
+            # Checkpoints are work of another kind, and a bare loop has none; their canary would read rows outside the turns.
             loop=LoopOptions.model_validate(
-                {"steps": steps, "batch_tokens": size["rows"] * size["sequence"], "checkpoint_every": steps, "precision": precision}
+                {
+                    "steps": steps,
+                    "batch_tokens": size["rows"] * size["sequence"],
+                    "checkpoint_every": steps,
+                    "precision": precision,
+                    "canary": False,
+                }
             ),
             folder=Path(folder),
             seed=seed,
