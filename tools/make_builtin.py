@@ -101,7 +101,11 @@ def main() -> int:
     far = next(e["accuracy"] for e in found if e["task"] == "repeat" and e["distance"] == 256)
     size = sum(p.stat().st_size for p in FOLDER.iterdir()) / 1e6
     (FOLDER / "README.md").write_text(
-        f"""# code-2m: the small teacher that comes with Limbeck
+        f"""---
+license: apache-2.0
+---
+
+# code-2m: the small teacher that comes with Limbeck
 
 A Qwen3-style language model of Python code, {sum(p.numel() for p in model.parameters()):,} parameters, head_dim 32 with width 160
 and 4 heads (so head_dim != hidden / heads), byte-level BPE of 4,096 tokens, context 512.  `builtin:code-2m` in a recipe.

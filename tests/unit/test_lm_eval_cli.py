@@ -50,11 +50,11 @@ def test_the_table_shows_errors_and_what_is_best_where_one_is() -> None:
         "odd,none": {"better": 0, "values": {"model": 3.0}, "stderr": {}},
     }
     table = harness_table({"models": {"teacher": {}, "model": {}}, "tasks": {"t": {"documents": 6, "fewshot": 2, "metrics": metrics}}})
-    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    rows = [[f"*{cell}*" if getattr(cell, "style", "") == "bold" else str(cell) for cell in row] for row in zip(*(c.cells for c in table.columns), strict=True)]
     assert rows == [
-        ("[dim]t: 6 documents, 2 shots[/dim]", "", ""),
-        ("  acc", "[bold]0.5 ± 0.1[/bold]", "0.25"),
-        ("  bits_per_byte", "2", "[bold]1.5[/bold]"),
-        ("  tie, strict", "1", "1"),
-        ("  odd", "–", "3"),
+        ["t: 6 documents, 2 shots", "", ""],
+        ["  acc", "*0.5 ± 0.1*", "0.25"],
+        ["  bits_per_byte", "2", "*1.5*"],
+        ["  tie, strict", "1", "1"],
+        ["  odd", "–", "3"],
     ]

@@ -7,26 +7,26 @@ from typing import Any
 
 from rich.table import Table
 
-from limbeck.evaluation.table import decimal
+from limbeck.evaluation.table import Row, decimal, rows_table
 
 
 def harness_table(results: dict[str, Any]) -> Table:
-    """A task's metric a row, a model a column, as ``value ± standard error``; the best model of several is bold."""
-    names = list(results["models"])
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    """The rows as a rich table for the console."""
+    return rows_table(harness_rows(results), list(results["models"]))
+
+
+def harness_rows(results: dict[str, Any]) -> list[Row]:
+    """A task's metric a row, as ``value ± standard error`` of each model of ``lm_eval.json``; a task is a group."""
+    names, rows = list(results["models"]), []
     for task, entry in results["tasks"].items():
         shots = f", {entry['fewshot']} shots" if entry["fewshot"] else ""
         count = f"{entry['documents']} documents" if entry["documents"] is not None else "a group"
-        table.add_row(f"[dim]{task}: {count}{shots}[/dim]")
         for metric, measured in entry["metrics"].items():
-            best = _best(measured, names)
-            cells = [_cell(measured["values"].get(name), measured["stderr"].get(name)) for name in names]
+            cells = tuple(_cell(measured["values"].get(name), measured["stderr"].get(name)) for name in names)
             label = metric.removesuffix(",none").replace(",", ", ")
-            table.add_row(f"  {label}", *(f"[bold]{cell}[/bold]" if name == best else cell for name, cell in zip(names, cells, strict=True)))
-    return table
+            values = tuple(measured["values"].get(name) for name in names)
+            rows.append(Row(f"{task}: {count}{shots}", label, cells, _best(measured["better"], values), values, decimal, measured["better"]))
+    return rows
 
 
 def _cell(value: float | None, stderr: float | None) -> str:
@@ -35,10 +35,10 @@ def _cell(value: float | None, stderr: float | None) -> str:
     return decimal(value) if stderr is None or not math.isfinite(stderr) else f"{decimal(value)} ± {stderr:.2g}"
 
 
-def _best(measured: dict[str, Any], names: list[str]) -> str | None:
+def _best(better: int, values: tuple[float | None, ...]) -> int | None:
     """The one model that is best, if several were measured and one is."""
-    values = {name: measured["better"] * value for name in names if (value := measured["values"].get(name)) is not None}
-    if not measured["better"] or len(values) < 2:
+    known = {i: better * value for i, value in enumerate(values) if value is not None}
+    if not better or len(known) < 2:
         return None
-    top = [name for name, value in values.items() if value == max(values.values())]
+    top = [i for i, value in known.items() if value == max(known.values())]
     return top[0] if len(top) == 1 else None

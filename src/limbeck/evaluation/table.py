@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,21 @@ def comparison_rows(results: dict[str, Any]) -> list[Row]:
 
 def comparison_table(results: dict[str, Any]) -> Table:
     """The rows as a rich table for the console."""
+    return rows_table(comparison_rows(results), list(results["models"]))
+
+
+def rows_table(rows: Iterable[Row], names: list[str]) -> Table:
+    """Rows as a rich table, a column a model; each group has a line of its own."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for name in results["models"]:
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(Text(name), justify="right", no_wrap=True)
     group = None
-    for row in comparison_rows(results):
+    for row in rows:
         if row.group != group:
-            table.add_row(f"[dim]{row.group}[/dim]")
+            table.add_row(Text(row.group, "dim"))
             group = row.group
-        table.add_row(f"  {row.measure}", *(f"[bold]{c}[/bold]" if i == row.best else c for i, c in enumerate(row.cells)))
+        table.add_row(Text(f"  {row.measure}"), *(Text(cell, "bold" if i == row.best else "") for i, cell in enumerate(row.cells)))
     return table
 
 

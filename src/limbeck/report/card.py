@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 import yaml
 
 from limbeck.config.redact import redacted
-from limbeck.evaluation.table import comparison_rows, percent
+from limbeck.evaluation.harness_table import harness_rows
+from limbeck.evaluation.table import Row, comparison_rows, percent
 from limbeck.report.adapters import (
     SPLITS,
     Judgement,
@@ -26,8 +28,9 @@ from limbeck.report.adapters import (
     warnings,
 )
 from limbeck.report.agent import agent_lines, agent_stages
-from limbeck.report.provenance import made_from, made_with, safe_command
+from limbeck.report.provenance import hub_base, licence, made_from, made_with, safe_command
 from limbeck.report.run import Run, became
+from limbeck.report.tasks import task_notes, task_stages
 
 
 def model_card(run: Run, *, stock: bool = False, peft: bool = False) -> str:
@@ -48,11 +51,11 @@ def model_card(run: Run, *, stock: bool = False, peft: bool = False) -> str:
         names, setting = list(results["models"]), results.get("setting", {})
         where = f"On {setting.get('rows')} held-out rows of {setting.get('sequence')} tokens, {setting.get('precision')}."
         lines += ["## Evaluation", "", where, ""]
-        lines += ["| | " + " | ".join(map(_cell, names)) + " |", "|---|" + "---:|" * len(names)]
-        for row in comparison_rows(results):
-            cells = (f"**{_cell(cell)}**" if i == row.best else _cell(cell) for i, cell in enumerate(row.cells))
-            lines.append(f"| {_cell(row.group)}: {_cell(row.measure)} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += _measures(comparison_rows(results), names)
+    for judged_tasks in task_stages(run):
+        measured = judged_tasks.tasks or {}
+        lines += [f"## Tasks: {_cell(judged_tasks.name)}", "", _cell(" ".join(task_notes(measured))), ""]
+        lines += _measures(harness_rows(measured), list(measured["models"]))
     for judged in judgements(run):
         lines += _generator(judged)
     for judged_stage in agent_stages(run):
@@ -64,7 +67,16 @@ def model_card(run: Run, *, stock: bool = False, peft: bool = False) -> str:
     if trained:
         lines += ["## Training", ""]
         lines += [*(f"* {_cell(s.name)}: {s.tokens:,} tokens, {s.record.get('seconds', 0):.0f} s" for s in trained), ""]
-    return "\n".join([*lines, *_made(run)])
+    return "\n".join([*lines, *_licence(run), *_made(run)])
+
+
+def _measures(rows: Iterable[Row], names: list[str]) -> list[str]:
+    """A row a measure, a column a model; the best is bold."""
+    lines = ["| | " + " | ".join(map(_cell, names)) + " |", "|---|" + "---:|" * len(names)]
+    for row in rows:
+        cells = (f"**{_cell(cell)}**" if i == row.best else _cell(cell) for i, cell in enumerate(row.cells))
+        lines.append(f"| {_cell(row.group)}: {_cell(row.measure)} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def _tags(run: Run, peft: bool) -> list[str]:
@@ -77,12 +89,20 @@ def _tags(run: Run, peft: bool) -> list[str]:
 
 
 def _base(run: Run) -> list[str]:
-    """The hub's name of the base, where it is one: its licence goes with the student."""
-    for options in run.recipe.get("stages", {}).values():
-        base = (options.get("student") or {}).get("base")
-        if isinstance(base, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base):
-            return [f"base_model: {base}"]
-    return []
+    """The head's entries on the base: its name where that is one of the hub, and its licence, which goes with the student."""
+    name = hub_base(run)
+    head = {**({"base_model": name} if name else {}), **licence(run)}
+    return yaml.safe_dump(head, sort_keys=False, allow_unicode=True).splitlines() if head else []
+
+
+def _licence(run: Run) -> list[str]:
+    """What of the base's licence is known."""
+    found, name = licence(run), hub_base(run)
+    if not found and name is None:
+        return []
+    terms = " ".join(_cell(value) for value in found.values())
+    known = f"The base's own card says: {terms}." if found else f"It was not to be had when this was made: see the card of {_cell(str(name))}."
+    return ["## Licence", "", f"What was made of a base is under the base's licence. {known}", ""]
 
 
 def _made(run: Run) -> list[str]:

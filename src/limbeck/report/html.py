@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.config.redact import redacted
-from limbeck.evaluation.table import comparison_rows, contexts, recall_at, recall_points, size
+from limbeck.evaluation.harness_table import harness_rows
+from limbeck.evaluation.table import Row, comparison_rows, contexts, recall_at, recall_points, size
 from limbeck.evaluation.table import count as quantity
 from limbeck.evaluation.table import tokens as token_count
 from limbeck.files import write_atomically
@@ -24,6 +25,7 @@ from limbeck.report.ranking import importance_series, ranking_panel
 from limbeck.report.run import Run, Stage, became, key_numbers, read_run
 from limbeck.report.style import STYLE
 from limbeck.report.svg import Series, legend, line_chart, number
+from limbeck.report.tasks import task_notes, task_stages
 
 CARD = "model_card.md"
 WIDE = 480
@@ -49,6 +51,7 @@ def page(run: Run) -> str:
     for stage in run.stages:
         if stage.evaluation:
             body.append(_evaluation(stage))
+    body += [_tasks(stage) for stage in task_stages(run)]
     body += [adapters_panel(judged) for judged in judgements(run)]
     body += [agent_panel(stage) for stage in agent_stages(run)]
     for stage in run.stages:
@@ -128,16 +131,27 @@ def _evaluation(stage: Stage) -> str:
         f"Stage {escape(stage.name)}: {setting.get('rows', '?')} held-out rows of {setting.get('sequence', '?')} tokens, "
         f"{escape(str(setting.get('precision', '?')))} on {escape(str(setting.get('device', '?')))}. Bold: best of the students."
     )
+    table = measures_table(comparison_rows(results), list(results["models"]))
+    return f"<h2>Comparison</h2>{table}<p class='note'>{note}</p>{figure_grid(evaluation_figures(results, model_colours(stage)), 'figures two')}"
+
+
+def measures_table(rows: Iterable[Row], names: Iterable[str]) -> str:
+    """A row a measure, a column a model; each group has a line of its own."""
     lines, group = [], None
-    for row in comparison_rows(results):
+    for row in rows:
         if row.group != group:
             group = row.group
             lines.append(f'<tr class="group"><td colspan="{len(row.cells) + 1}">{escape(group)}</td></tr>')
         cells = "".join(f"<td{' class=best' if i == row.best else ''}>{escape(cell)}</td>" for i, cell in enumerate(row.cells))
         lines.append(f"<tr><td>{escape(row.measure)}</td>{cells}</tr>")
-    head = "".join(f"<th>{escape(name)}</th>" for name in results["models"])
-    table = f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    return f"<h2>Comparison</h2>{table}<p class='note'>{note}</p>{figure_grid(evaluation_figures(results, model_colours(stage)), 'figures two')}"
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    return f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _tasks(stage: Stage) -> str:
+    results = stage.tasks or {}
+    table = measures_table(harness_rows(results), list(results["models"]))
+    return f"<h2>Tasks: {escape(stage.name)}</h2>{table}<p class='note'>{escape(' '.join(task_notes(results)))}</p>"
 
 
 def evaluation_figures(results: dict[str, Any], colours: dict[str, str]) -> list[tuple[str, str, str]]:

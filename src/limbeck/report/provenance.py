@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from limbeck.config.redact import redacted, redacted_text, redacted_words
@@ -34,6 +35,25 @@ def made_from(run: Run) -> list[tuple[str, str, str, str]]:
         teacher = "none" if known.get("teacher") in (None, "none") else f"{known['teacher']}: {_words(fingerprint)}"
         rows.append((stage.name, str(known.get("data", "–")), str(known.get("tokenizer") or "–"), teacher))
     return rows
+
+
+def hub_base(run: Run) -> str | None:
+    """The first base that has the form of a hub's name."""
+    for options in run.recipe.get("stages", {}).values():
+        base = (options.get("student") or {}).get("base")
+        if isinstance(base, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", base):
+            return base
+    return None
+
+
+def licence(run: Run) -> dict[str, str]:
+    """The entries on its licence that a base's card had when it was trained on; empty where none is known."""
+    for stage in run.stages:
+        known = stage.record.get("made_from")
+        found = known.get("licence") if isinstance(known, dict) else None
+        if isinstance(found, dict) and found:
+            return {str(key): str(value) for key, value in found.items()}
+    return {}
 
 
 def _words(value: Any) -> str:

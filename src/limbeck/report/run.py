@@ -32,6 +32,8 @@ class Stage:
     """Options, spec and base of a trained generator (or predictor)."""
     agent: dict[str, Any] | None = None
     """A LoRA generator on agents' trajectories."""
+    tasks: dict[str, Any] | None = None
+    """Tasks of lm-evaluation-harness."""
     folder: Path | None = None
     """Where it lies."""
 
@@ -111,6 +113,7 @@ def read_stage(folder: Path, name: str) -> Stage | None:
         _json(folder / "conditions" / "conditions.json"),
         _json(folder / "model" / "generator.json"),
         _json(folder / "evaluation" / "agent.json"),
+        _json(folder / "evaluation" / "lm_eval.json"),
         folder,
     )
 

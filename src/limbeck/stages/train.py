@@ -26,6 +26,7 @@ from limbeck.engine.step import StreamingTrainStep, TrainStep
 from limbeck.engine.trackers import Tracked, Trackers
 from limbeck.errors import RunError
 from limbeck.files import same_files, sha256
+from limbeck.models.licence import licence_of
 from limbeck.models.loading import load_tokenizer
 from limbeck.models.vocabulary import check_vocabulary, shared_ids
 from limbeck.needs import AttentionStream, merge_needs
@@ -97,6 +98,12 @@ class TrainStage:
             raise KeyboardInterrupt(result.exit_reason)
         context.once(lambda: same_files(checkpoint_folder(context) / FINAL / "model", context.folder / "model"))
 
+    def _licence(self) -> dict[str, str]:
+        """Of the base, where this stage names one."""
+        base = self.options.student.base
+        known = self.context.world.rank == 0 and isinstance(base, str)
+        return licence_of(self.context.locate(base), self.options.student.revision) if known else {}
+
     def _text(self) -> TrainingText:
         context, options = self.context, self.options
         if (stage := conditions_stage(context, options.data)) is not None:
@@ -143,7 +150,8 @@ class TrainStage:
         groups = parameter_groups(student, options.optim.groups)
         fingerprint = teacher.fingerprint() if teacher else None
         identity = {"data": text.identity, "teacher": digest(fingerprint) if fingerprint else "none"}
-        context.facts["made_from"] = {**identity, "tokenizer": tokenizer_digest(text.tokenizer), "teacher_fingerprint": redacted(fingerprint)}
+        origin = {"tokenizer": tokenizer_digest(text.tokenizer), "teacher_fingerprint": redacted(fingerprint), "licence": self._licence()}
+        context.facts["made_from"] = {**identity, **origin}
 
         rows_per_step = max(1, round(options.loop.batch_tokens / rows.sequence))
         dealing: Any = ConditionLoader if isinstance(rows, ConditionRows) else Loader
