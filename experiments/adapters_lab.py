@@ -21,7 +21,6 @@ from limbeck.stages.run import run_recipe
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1] / "shared" / "data"
-OUT = Path("runs") / "adapters_lab"
 SHAPE = {"targets": "all", "rank": 4, "alpha": 8}
 Tree = dict[str, Any]
 

@@ -42,8 +42,6 @@ SPEEDUP, MEMORY, APART = 1.8, 0.25, 1e-10
 OURS, LOOP, REPEATED = "injector", "functional loop", "repeated per token"
 SEED = 0
 
-Backward = Callable[[], list[Tensor]]
-
 
 class Case:
     """One model and N adapters; each way gives the loss of all samples."""

@@ -7,7 +7,7 @@ from textwrap import dedent
 
 import pytest
 
-from limbeck.config.load import canonical, load_recipe, load_text, resolved
+from limbeck.config.load import load_recipe, load_text, resolved
 from limbeck.config.recipe import Recipe
 from limbeck.errors import RecipeError
 
@@ -226,8 +226,8 @@ def test_resolved_recipes_load_back_and_equal_recipes_are_equal_text() -> None:
     recipe = load_text(RECIPE)
     assert Recipe.model_validate(resolved(recipe)) == recipe
     spaced = load_text(RECIPE.replace("100k", "100000").replace("teacher: self", "teacher: {kind: self}"))
-    assert canonical(recipe) == canonical(spaced)
-    assert canonical(recipe) != canonical(load_text(RECIPE.replace("100k", "101k")))
+    assert resolved(recipe) == resolved(spaced)
+    assert resolved(recipe) != resolved(load_text(RECIPE.replace("100k", "101k")))
 
 
 def test_extends_merges_mappings_replaces_lists_and_keeps_places(tmp_path: Path) -> None:

@@ -13,12 +13,9 @@ import pytest
 from limbeck.evaluation.tool_calls import (
     CallScore,
     ToolCall,
-    call_spans,
     compare,
     forced_calls,
     forced_score,
-    malformed,
-    parse_calls,
     read_calls,
     same_value,
     token_offsets,
@@ -133,13 +130,14 @@ BARE = '{"name": "run", "parameters": {"a": 1}}'
     ],
 )  # fmt: skip
 def test_what_is_no_whole_call_is_counted_and_never_raises(text: str, calls: int, broken: int) -> None:
-    assert (len(parse_calls(text)), malformed(text)) == (calls, broken)
-    assert len(call_spans(text)) == calls
+    reading = read_calls(text)
+    assert (len(reading.calls), reading.malformed, len(reading.spans)) == (calls, broken, calls)
 
 
 def test_a_key_that_is_written_twice_has_its_last_value() -> None:
     for text in (XML.replace("</function>", "<parameter=a>\n22\n</parameter>\n</function>"), BLOCK.replace('"a": 1', '"a": 1, "a": 22')):
-        (call,), (spans,) = parse_calls(text), call_spans(text)
+        reading = read_calls(text)
+        (call,), (spans,) = reading.calls, reading.spans
         assert written(call.arguments["a"]) == "22" and [text[a:b] for a, b in spans.values] == ["22"] and len(spans.keys) == 1
 
 
@@ -148,7 +146,7 @@ def test_no_cut_or_mutation_of_a_turn_raises() -> None:
     pieces = ["<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=k>", "</parameter>", "</think>", '"', "{", "}", "\\", ",", "\n", "é"]
     for text in (XML, BLOCK, BARE, XML + BLOCK):
         for at in range(len(text)):
-            assert len(parse_calls(text[:at])) <= 1
+            assert len(read_calls(text[:at]).calls) <= 1
         for _ in range(400):
             at, broken = rng.randrange(len(text)), text
             for _ in range(rng.randrange(1, 4)):
@@ -207,7 +205,7 @@ def test_one_wrong_token_is_wrong_in_the_part_that_holds_it_and_no_other(form: s
     call = {"name": "str_edit", "arguments": {"path": "/src/ü/🦙.py", "old": "a < b\n", "flag": True, "range": [1, 20], "count": 12, "none": ""}}
     ids = np.array(qwen.encode(turn(template, [call], qwen, content="Look: 漢字🦙"), add_special_tokens=False))
     text, offsets = token_offsets(ids, qwen)
-    (spans,) = call_spans(text)
+    (spans,) = read_calls(text).spans
     held = [{c for c in range(a, b)} for a, b in offsets]
 
     def hit(part: tuple[int, int], token: int) -> bool:
@@ -230,7 +228,7 @@ def test_one_wrong_token_is_wrong_in_the_part_that_holds_it_and_no_other(form: s
 
 def test_a_model_that_would_have_gone_on_did_not_predict_the_value() -> None:
     text = XML.replace("\n1\n", "\nls\n")
-    (spans,) = call_spans(text)
+    (spans,) = read_calls(text).spans
     offsets = np.array([(c, c + 1) for c in range(len(text))])
     right = np.ones(len(text), dtype=bool)
     end = spans.values[0][1]
@@ -246,7 +244,7 @@ def test_a_model_that_would_have_gone_on_did_not_predict_the_value() -> None:
 
 def test_a_turn_without_a_call_or_without_its_tokens_counts_nothing_as_right() -> None:
     assert forced_score([], np.zeros((0, 2)), np.zeros(0, dtype=bool)) == CallScore(turns=1)
-    cut = forced_score(call_spans(XML), np.zeros((0, 2)), np.zeros(0, dtype=bool))
+    cut = forced_score(read_calls(XML).spans, np.zeros((0, 2)), np.zeros(0, dtype=bool))
     assert (cut.calls, cut.name, cut.keys, cut.values, cut.wanted_values) == (1, 0, 0, 0, 1)
     with pytest.raises(ValueError, match=r"one length; found shapes \(3,\) and \(2,\)"):
         forced_calls(np.arange(3), np.arange(2), None)

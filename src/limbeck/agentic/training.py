@@ -19,7 +19,6 @@ from limbeck.models.packed import forward_packed, rows_seen
 from limbeck.ops.topk_divergence import linear_topk_divergence
 from limbeck.types import IGNORE, Batch, TopKSignal
 
-PAD = -1
 TeacherCall = Callable[[Tensor], Any]
 """``input_ids [B, T]`` -> logits ``[B, T, V]``, something that has them as ``.logits`` (a transformers model), or a signal."""
 

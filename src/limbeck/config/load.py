@@ -6,7 +6,6 @@ check what the stages say about each other.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +80,10 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     text = _read(path, problems)
     if text is None:
         raise RecipeError(problems)
-    return _load(text, _label(path), path.parent, recipe_folder(path), (path.resolve(),), overrides)
+    folder = recipe_folder(path)
+    recipe = _load(text, _label(path), path.parent, folder, (path.resolve(),), overrides)
+    recipe.__dict__["folder"] = folder
+    return recipe
 
 
 def load_text(text: str, overrides: Sequence[str] = (), *, label: str = "recipe.yaml", base_dir: Path | None = None) -> Recipe:
@@ -93,11 +95,6 @@ def load_text(text: str, overrides: Sequence[str] = (), *, label: str = "recipe.
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default filled in, as JSON values; ``Recipe.model_validate`` takes it back unchanged."""
     return recipe.model_dump(mode="json", by_alias=True)
-
-
-def canonical(recipe: Recipe) -> str:
-    """:func:`resolved` as one line of JSON with sorted keys: equal recipes give equal text."""
-    return json.dumps(resolved(recipe), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def shipped_tree(path: Path) -> Node:

@@ -7,8 +7,6 @@ import contextlib
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """The context that forwards run in: bfloat16 autocast, or nothing for float32 and float64."""

@@ -84,21 +84,6 @@ class _Member(NamedTuple):
     value_span: Span
 
 
-def parse_calls(text: str) -> list[ToolCall]:
-    """The calls of an assistant's turn, in order."""
-    return read_calls(text).calls
-
-
-def malformed(text: str) -> int:
-    """How many calls were begun in a turn and are none."""
-    return read_calls(text).malformed
-
-
-def call_spans(text: str) -> list[CallSpans]:
-    """Where the parts of each of :func:`parse_calls` stand."""
-    return read_calls(text).spans
-
-
 def read_calls(text: str) -> Reading:
     """Everything about the calls of an assistant's turn (without its header; markers such as ``<|im_end|>`` may follow it)."""
     whole = _whole_turn(text)
@@ -309,7 +294,7 @@ def forced_calls(wanted_ids_T: np.ndarray, argmax_ids_T: np.ndarray, tokenizer: 
     if wanted_ids_T.shape != argmax_ids_T.shape or wanted_ids_T.ndim != 1:
         raise ValueError(f"true and predicted ids must be two rows of one length; found shapes {wanted_ids_T.shape} and {argmax_ids_T.shape}")
     text, offsets_T2 = token_offsets(wanted_ids_T, tokenizer)
-    return forced_score(call_spans(text), offsets_T2, wanted_ids_T == argmax_ids_T)
+    return forced_score(read_calls(text).spans, offsets_T2, wanted_ids_T == argmax_ids_T)
 
 
 def forced_score(spans: Sequence[CallSpans], offsets_T2: np.ndarray, right_T: np.ndarray) -> CallScore:

@@ -7,7 +7,7 @@ Llama with what its config says of heads, biases and experts, and is marked (``e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ Kind = Literal[
 """What a parameter is for."""
 MATMUL: tuple[Kind, ...] = ("head", "attention", "linear_attention", "mixer", "mlp", "router", "experts", "shared_expert")
 """Kinds whose matrices are multiplied with every token (experts: those that a token chooses)."""
-MIXTURES = ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "mixtral", "olmoe")
 DELTANETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Families with Gated DeltaNet layers and gated attention (Qwen3-Next, Qwen3.5)."""
 HEAD_NORMED = ("qwen3", "qwen3_moe", "gemma3_text", *DELTANETS)
@@ -371,8 +370,3 @@ def _deltanet_weights(at: str, net: DeltaNet, family: str, hidden: int) -> Itera
         yield from linear(f"{at}.in_proj_a", hidden, net.value_heads, kind="linear_attention")
     yield Weight(f"{at}.norm.weight", (net.value_dim,), "norm")
     yield from linear(f"{at}.out_proj", values, hidden, kind="linear_attention")
-
-
-def renamed(architecture: Architecture, name: str) -> Architecture:
-    """The same under another name."""
-    return replace(architecture, name=name)

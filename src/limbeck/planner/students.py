@@ -9,7 +9,7 @@ from math import factorial
 from typing import Any
 
 from limbeck.config.parts.precision import plan_for, precision_of
-from limbeck.planner.architecture import Architecture, Layer, Weight, attention_weights, layer_of
+from limbeck.planner.architecture import Architecture, Weight, attention_weights, layer_of
 from limbeck.planner.devices import PlanError
 from limbeck.planner.generators import Network, generator_network, predictor_network
 from limbeck.planner.mixers import mixer_weights
@@ -217,8 +217,3 @@ def grouped(student: Student, weights: Sequence[Weight], groups: Sequence[Any]) 
 
 def _matches(word: str, name: str, student: Student) -> bool:
     return word == "all" or student.role(name) == word or fnmatchcase(name, word)
-
-
-def layer_share(student: Student, layer: Layer) -> int:
-    """Parameters of one decoder layer."""
-    return sum(w.count for w in student.architecture.weights if layer_of(w.name) == layer.index)

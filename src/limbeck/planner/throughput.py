@@ -14,8 +14,8 @@ MFU = 0.4
 """Share of a device's peak that training reaches, where nobody says another."""
 LAUNCH = 1e-3
 """Seconds that a decoder layer takes at least for a pass forward and back, however small it is: kernels must be started (an estimate)."""
-FORWARD, BACKWARD, INPUTS_ALONE = 1.0, 2.0, 1.0
-"""Operations of a pass over those of a forward pass: gradients of weights and inputs cost two, of inputs alone one."""
+FORWARD, INPUTS_ALONE = 1.0, 1.0
+"""Operations of a pass over those of a forward pass: gradients of inputs cost one, those of weights one more."""
 
 
 def forward_flops(model: Architecture, context: float) -> float:
@@ -84,8 +84,3 @@ def scoring_rate(model: Architecture, context: float, device: Device, gpus: int,
     """Tokens a second that a served or local teacher scores (prefill): operations alone, since thousands of tokens share one reading."""
     precision = {"fp8": "fp8", "fp32": "float32", "float32": "float32"}.get(dtype, "bfloat16")
     return gpus * device.peak(precision) * mfu / forward_flops(model, context)
-
-
-def decoding_rate(weights: float, cache: float, device: Device, gpus: int) -> float:
-    """Tokens a second that one sequence is written at: every active weight and the whole cache are read for each."""
-    return gpus * device.bandwidth / (weights + cache)

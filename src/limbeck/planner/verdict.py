@@ -8,7 +8,7 @@ from itertools import combinations, product
 from typing import Any
 
 from limbeck.planner.sources import Chain
-from limbeck.planner.training import Training, items_of, resolve, violated
+from limbeck.planner.training import Training, items_of, violated
 
 MOST_GPUS = 256
 MOST_CHANGES = 3
@@ -86,9 +86,3 @@ def _origin(chain: Chain, name: str) -> str:
         stage = chain.recipe.stages[name]
     index = next(i for i, s in enumerate(stage.student.surgery) if hasattr(s, "base_dtype"))
     return f"{name}.student.surgery.{index}"
-
-
-def holds(chain: Chain, name: str, machine: Any) -> bool:
-    """Whether a train stage fits as it is."""
-    stage = resolve(chain, name, machine)
-    return not violated(stage, items_of(stage))

@@ -15,7 +15,7 @@ from limbeck.report.agent import agent_stages
 from limbeck.report.entries import Entry
 from limbeck.report.run import Stage
 
-TEXT, GENERATED, AGENT, RANKED, DISK = "held-out text", "generated adapters", "on trajectories", "layer ranking", "on disk"
+GENERATED, AGENT, RANKED, DISK = "generated adapters", "on trajectories", "layer ranking", "on disk"
 
 
 @dataclass(frozen=True)

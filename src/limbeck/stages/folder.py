@@ -23,21 +23,6 @@ from limbeck.errors import CheckpointError
 from limbeck.files import write_atomically
 from limbeck.records import parse
 
-ARTEFACTS = {
-    "prepare": "data",
-    "prepare_conditions": "conditions",
-    "prepare_trajectories": "conditions",
-    "train": "model",
-    "capture": "signals",
-    "rank_layers": "ranking",
-    "train_adapters": "adapters",
-    "measure_deltas": "deltas",
-    "evaluate": "evaluation",
-    "evaluate_adapters": "evaluation",
-    "evaluate_agent": "evaluation",
-    "export": "export",
-}
-
 EXIT_REASON = "exit_reason"
 
 

@@ -98,10 +98,10 @@ class GatedDeltaNetOptions(DeltaRuleOptions):
     def _expand_preset(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("preset"), str):
             name = value["preset"]
-            if name not in GATED_DELTANET_PRESETS:
-                hint = did_you_mean(name, GATED_DELTANET_PRESETS) or ";"
-                raise ValueError(f"preset: unknown preset {name!r}{hint} allowed: {', '.join(GATED_DELTANET_PRESETS)}")
-            return {**GATED_DELTANET_PRESETS[name], **value}
+            if name not in cls.Presets:
+                hint = did_you_mean(name, cls.Presets) or ";"
+                raise ValueError(f"preset: unknown preset {name!r}{hint} allowed: {', '.join(cls.Presets)}")
+            return {**cls.Presets[name], **value}
         return value
 
 
