@@ -1,4 +1,5 @@
-"""What the tests of chunked recurrences share: inputs, outputs with every gradient, and comparison relative to the largest entry."""
+"""What the tests of chunked operators share: the definitions they are compared to, inputs, outputs with every gradient, and comparison
+relative to the largest entry."""
 
 from __future__ import annotations
 
@@ -69,3 +70,46 @@ def separately(rule: Callable[..., Any], inputs: Sequence[Tensor], lengths: Sequ
 def numbered(lengths: Sequence[int]) -> Tensor:
     """``documents_BT`` of one row."""
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+
+
+def by_steps(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The recurrence over whole rows, token by token and in the inputs' own dtype, of a rule's decode step.
+
+    The state is zero again where a document begins that is not the row's first; padding reads zero and leaves it as it was.
+    """
+
+    def rule(*inputs_BT: Tensor, documents_BT: Tensor | None = None, **named: Tensor) -> tuple[Tensor, Tensor]:
+        (state,) = named.values()
+        batch, num_tokens = inputs_BT[0].shape[:2]
+        before = [-1] * batch
+        outputs = []
+        for t in range(num_tokens):
+            real = [True] * batch
+            if documents_BT is not None:
+                now = documents_BT[:, t].tolist()
+                real = [i >= 0 for i in now]
+                begins = [i >= 0 and last >= 0 and i != last for i, last in zip(now, before, strict=True)]
+                before = [i if i >= 0 else last for i, last in zip(now, before, strict=True)]
+                state = torch.where(torch.tensor(begins)[:, None, None, None], 0, state)
+            real_B111 = torch.tensor(real)[:, None, None, None]
+            output, written = step(*(x[:, t] for x in inputs_BT), state)
+            state = torch.where(real_B111, written, state)
+            outputs.append(torch.where(real_B111[..., 0], output, 0))
+        return torch.stack(outputs, 1), state
+
+    return rule
+
+
+def keys_moved_token_by_token(
+    q_BTJGK: Tensor, w_BTJK: Tensor, beta_BTJ: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, document_BT: Tensor, *, scale: float
+) -> Tensor:
+    """The definition of :func:`limbeck.ops.path_attention.path_attention`: at every token every key before it is moved."""
+    keys = k_BTJK[:, :0]
+    outputs = []
+    for t in range(q_BTJGK.shape[1]):
+        w, beta = w_BTJK[:, t, None], beta_BTJ[:, t, None, :, None]
+        keys = torch.cat([keys - beta * w * (keys * w).sum(-1, keepdim=True), k_BTJK[:, t, None]], 1)
+        scores = torch.einsum("bjgk,bsjk->bjgs", q_BTJGK[:, t], keys) * scale
+        seen = (document_BT[:, : t + 1] == document_BT[:, t, None])[:, None, None]
+        outputs.append(torch.einsum("bjgs,bsjv->bjgv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v_BTJV[:, : t + 1]))
+    return torch.stack(outputs, 1)

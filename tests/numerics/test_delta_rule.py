@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from limbeck.ops.chunked_delta_rule import unit_lower_inverse
-from limbeck.ops.delta_rule import gated_delta_rule, gated_delta_rule_reference, gated_delta_rule_step
-from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, gradients_of, numbered, results, separately
+from limbeck.ops.delta_rule import gated_delta_rule, gated_delta_rule_step
+from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, by_steps, gradients_of, numbered, results, separately
+
+recurrence = by_steps(gated_delta_rule_step)
 
 
 def make_inputs(
@@ -41,7 +43,7 @@ def make_inputs(
 )
 def test_chunked_equals_recurrent_with_every_gradient(tokens: int, chunk: int, gate: float, uniform: bool) -> None:
     inputs = make_inputs(2, tokens, 2, 16, 24, gate=gate, uniform=uniform)
-    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    expected = results(recurrence, inputs, torch.float64)
     for dtype, tolerance in TOLERANCE.items():
         assert_equal(results(gated_delta_rule, inputs, dtype, chunk=chunk), expected, tolerance)
 
@@ -51,7 +53,7 @@ def test_a_strong_decay_far_back_in_the_chunk_costs_no_precision() -> None:
     inputs = make_inputs(1, 64, 2, 16, 16, gate=0.02)
     inputs[3][:, :60:2] = -10.3
     inputs[3][:, 30:] = inputs[3][:, 30:].clamp_min(-0.02)
-    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    expected = results(recurrence, inputs, torch.float64)
     assert_equal(results(gated_delta_rule, inputs, torch.float32), expected, 2e-6)
 
 
@@ -61,7 +63,7 @@ def test_decayed_to_nothing_leaves_neither_nan_nor_a_wrong_gradient() -> None:
     inputs[3][:, 1::7] = -1e4
     found = results(gated_delta_rule, inputs, torch.float32)
     finite = [*inputs[:3], inputs[3].clamp_min(-700), *inputs[4:]]
-    assert_equal(found, results(gated_delta_rule_reference, finite, torch.float64), 1e-5)
+    assert_equal(found, results(recurrence, finite, torch.float64), 1e-5)
 
 
 def test_equal_keys_at_full_strength_keep_their_precision() -> None:
@@ -69,7 +71,7 @@ def test_equal_keys_at_full_strength_keep_their_precision() -> None:
     inputs = make_inputs(1, 128, 1, 8, 8, gate=0.0)
     inputs[1][:] = inputs[1][:, :1]
     inputs[4][:] = 1.0
-    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    expected = results(recurrence, inputs, torch.float64)
     assert_equal(results(gated_delta_rule, inputs, torch.float32), expected, 1e-5)
 
 
@@ -82,8 +84,8 @@ def test_the_inverse_reads_only_what_stands_below_the_diagonal(size: int) -> Non
 
 def test_packed_documents_equal_separate_documents() -> None:
     inputs = make_inputs(1, sum(LENGTHS), 2, 8, 12, gate=2.0)
-    documents, expected = numbered(LENGTHS), separately(gated_delta_rule_reference, inputs, LENGTHS)
-    assert_equal(results(gated_delta_rule_reference, inputs, torch.float64, documents_BT=documents), expected, 1e-10)
+    documents, expected = numbered(LENGTHS), separately(recurrence, inputs, LENGTHS)
+    assert_equal(results(recurrence, inputs, torch.float64, documents_BT=documents), expected, 1e-10)
     for dtype, tolerance in TOLERANCE.items():
         assert_equal(results(gated_delta_rule, inputs, dtype, documents_BT=documents, chunk=16), expected, tolerance)
 
@@ -92,14 +94,14 @@ def test_packed_documents_equal_separate_documents() -> None:
 def test_padding_reads_zero_and_leaves_state_and_gradients_alone(left: int) -> None:
     right, tokens = 9, 30
     inputs = make_inputs(2, tokens, 2, 8, 8)
-    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    expected = results(recurrence, inputs, torch.float64)
     noise = make_inputs(2, left + tokens + right, 2, 8, 8, seed=1)
     padded = [*noise[:5], inputs[5]]
     for x, y in zip(padded[:5], inputs[:5], strict=True):
         x[:, left : left + tokens] = y
     documents = torch.full((2, left + tokens + right), -1)
     documents[:, left : left + tokens] = 4
-    for rule in (gated_delta_rule, gated_delta_rule_reference):
+    for rule in (gated_delta_rule, recurrence):
 
         def inner(*args, rule=rule, **options):
             output, state = rule(*args, documents_BT=documents, **options)
@@ -144,7 +146,7 @@ def test_without_decay_it_is_deltanet() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_inputs_keep_an_fp32_state(autocast: bool) -> None:
     inputs = make_inputs(1, 80, 2, 32, 32)
-    expected = results(gated_delta_rule_reference, inputs, torch.float64)
+    expected = results(recurrence, inputs, torch.float64)
     leaves = [x.to(torch.bfloat16).requires_grad_() for x in inputs[:5]]
     start = inputs[5].float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -160,7 +162,7 @@ def test_a_loss_on_the_state_alone_has_gradients() -> None:
     found = [x.requires_grad_() for x in inputs]
     _, state = gated_delta_rule(*found[:5], initial_state_BHKV=found[5])
     gradients = torch.autograd.grad(state.sum(), found[1:])
-    _, state = gated_delta_rule_reference(*found[:5], initial_state_BHKV=found[5])
+    _, state = recurrence(*found[:5], initial_state_BHKV=found[5])
     for a, b in zip(gradients, torch.autograd.grad(state.sum(), found[1:]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 

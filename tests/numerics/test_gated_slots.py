@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from limbeck.ops.gated_slots import gated_slot_attention, gated_slot_attention_reference, gated_slot_attention_step
-from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, results
+from limbeck.ops.gated_slots import gated_slot_attention, gated_slot_attention_step
+from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, by_steps, results
+
+recurrence = by_steps(gated_slot_attention_step)
 
 
 def make_inputs(batch: int, tokens: int, heads: int, width: int, slots: int, *, gate: float = 0.3, seed: int = 0) -> list[torch.Tensor]:
@@ -23,7 +25,7 @@ def make_inputs(batch: int, tokens: int, heads: int, width: int, slots: int, *, 
 def test_chunked_equals_recurrent_with_every_gradient(tokens: int, chunk: int, gate: float) -> None:
     """Log decays a token from 0 to -30: a chunk of 64 forgets up to e^-1900."""
     inputs = make_inputs(2, tokens, 2, 8, 6, gate=gate)
-    expected = results(gated_slot_attention_reference, inputs, torch.float64, state="initial_state")
+    expected = results(recurrence, inputs, torch.float64, state="initial_state")
     for dtype, tolerance in TOLERANCE.items():
         assert_equal(results(gated_slot_attention, inputs, dtype, state="initial_state", chunk=chunk), expected, tolerance)
 
@@ -34,15 +36,15 @@ def test_packed_documents_and_padding_equal_separate_documents() -> None:
     documents = torch.cat([torch.repeat_interleave(torch.arange(6), torch.tensor(LENGTHS)), torch.full((padding,), -1)])[None]
     state, outputs, start = inputs[4], [], 0
     for length in LENGTHS:
-        output, final = gated_slot_attention_reference(*(x[:, start : start + length] for x in inputs[:4]), initial_state=state)
+        output, final = recurrence(*(x[:, start : start + length] for x in inputs[:4]), initial_state=state)
         outputs.append(output)
         state, start = torch.zeros_like(state), start + length
-    for rule in (gated_slot_attention, gated_slot_attention_reference):
+    for rule in (gated_slot_attention, recurrence):
         output, after = rule(*inputs[:4], documents_BT=documents, initial_state=inputs[4])
         torch.testing.assert_close(output[:, :tokens], torch.cat(outputs, 1), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(after, final, rtol=1e-10, atol=1e-10)
         assert not output[:, tokens:].any()
-    expected = results(gated_slot_attention_reference, inputs, torch.float64, state="initial_state", documents_BT=documents)
+    expected = results(recurrence, inputs, torch.float64, state="initial_state", documents_BT=documents)
     for dtype, tolerance in TOLERANCE.items():
         assert_equal(results(gated_slot_attention, inputs, dtype, state="initial_state", documents_BT=documents, chunk=16), expected, tolerance)
 

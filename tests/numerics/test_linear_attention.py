@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from limbeck.ops.channel_decay import decayed_scores
-from limbeck.ops.delta_rule import gated_delta_rule, gated_delta_rule_reference, gated_delta_rule_step
+from limbeck.ops.delta_rule import gated_delta_rule, gated_delta_rule_step
 from limbeck.ops.kda import kimi_delta_rule
-from limbeck.ops.linear_attention import linear_attention, linear_attention_reference, linear_attention_step
-from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, numbered, results, separately
+from limbeck.ops.linear_attention import linear_attention, linear_attention_step
+from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, by_steps, numbered, results, separately
 
 
 class Rule(NamedTuple):
     chunked: Callable[..., Any]
-    reference: Callable[..., Any]
     step: Callable[..., Any]
     channels: bool
     delta: bool
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return by_steps(self.step)
 
     def inputs(self, batch: int, tokens: int, heads: int = 2, key: int = 12, value: int = 20, *, gate: float = 1.0, seed: int = 0) -> list[Tensor]:
         """q, k, v, g, (beta,) state; log decays uniform in [-gate, 0]."""
@@ -37,9 +40,9 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "heads": Rule(linear_attention, linear_attention_reference, linear_attention_step, False, False),
-    "channels": Rule(linear_attention, linear_attention_reference, linear_attention_step, True, False),
-    "kda": Rule(kimi_delta_rule, gated_delta_rule_reference, gated_delta_rule_step, True, True),
+    "heads": Rule(linear_attention, linear_attention_step, False, False),
+    "channels": Rule(linear_attention, linear_attention_step, True, False),
+    "kda": Rule(kimi_delta_rule, gated_delta_rule_step, True, True),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from limbeck.ops.path_attention import PathKeys, path_attention, path_attention_reference
+from limbeck.ops.path_attention import PathKeys, path_attention
+from recurrences import keys_moved_token_by_token
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 NAMES = ("output", "dq", "dw", "dbeta", "dk", "dv")
@@ -52,7 +53,7 @@ def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor], tolera
 @pytest.mark.parametrize("strength", [0.05, 1.0, 2.0])
 def test_blocks_equal_keys_moved_token_by_token_with_every_gradient(tokens: int, chunk: int, strength: float) -> None:
     inputs = make_inputs(tokens, strength=strength)
-    expected = results(path_attention_reference, inputs, one_document(inputs[0]), torch.float64)
+    expected = results(keys_moved_token_by_token, inputs, one_document(inputs[0]), torch.float64)
     for dtype, tolerance in TOLERANCE.items():
         assert_equal(results(in_blocks, inputs, one_document(inputs[0]), dtype, chunk=chunk), expected, tolerance)
 
@@ -67,7 +68,7 @@ def test_packed_documents_equal_separate_documents() -> None:
         alone = in_blocks(*part, one_document(part[0]), scale=0.3, chunk=16)
         torch.testing.assert_close(packed[:, start : start + length], alone, rtol=1e-10, atol=1e-10)
         start += length
-    expected = results(path_attention_reference, inputs, documents, torch.float64)
+    expected = results(keys_moved_token_by_token, inputs, documents, torch.float64)
     for dtype, tolerance in TOLERANCE.items():
         assert_equal(results(in_blocks, inputs, documents, dtype, chunk=16), expected, tolerance)
 

@@ -8,8 +8,10 @@ import torch
 from limbeck.ops.delta_rule import gated_delta_rule
 from limbeck.ops.kda import kimi_delta_rule
 from limbeck.ops.linear_attention import linear_attention
-from limbeck.ops.rwkv7 import generalised_delta_rule, generalised_delta_rule_reference, generalised_delta_rule_step
-from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, results
+from limbeck.ops.rwkv7 import generalised_delta_rule, generalised_delta_rule_step
+from recurrences import LENGTHS, TOLERANCE, Inputs, assert_equal, by_steps, results
+
+recurrence = by_steps(generalised_delta_rule_step)
 
 
 def make_inputs(batch: int, tokens: int, heads: int, width: int, *, gate: float = 0.3, seed: int = 0) -> list[torch.Tensor]:
@@ -27,7 +29,7 @@ def make_inputs(batch: int, tokens: int, heads: int, width: int, *, gate: float 
 def test_chunked_equals_recurrent_with_every_gradient(tokens: int, chunk: int, gate: float) -> None:
     """Log decays a token from 0 to -20; RWKV-7's own reach -0.61."""
     inputs = make_inputs(2, tokens, 2, 12, gate=gate)
-    expected = results(generalised_delta_rule_reference, inputs, torch.float64)
+    expected = results(recurrence, inputs, torch.float64)
     for dtype, tolerance in TOLERANCE.items():
         assert_equal(results(generalised_delta_rule, inputs, dtype, chunk=chunk), expected, tolerance)
 
@@ -38,14 +40,14 @@ def test_packed_documents_and_padding_equal_separate_documents() -> None:
     documents = torch.cat([torch.repeat_interleave(torch.arange(6), torch.tensor(LENGTHS)), torch.full((padding,), -1)])[None]
     state, outputs, start = inputs[6], [], 0
     for length in LENGTHS:
-        output, final = generalised_delta_rule_reference(*(x[:, start : start + length] for x in inputs[:6]), initial_state_BHKV=state)
+        output, final = recurrence(*(x[:, start : start + length] for x in inputs[:6]), initial_state_BHKV=state)
         outputs.append(output)
         state, start = torch.zeros_like(state), start + length
     output, after = generalised_delta_rule(*inputs[:6], documents_BT=documents, initial_state_BHKV=inputs[6], chunk=16)
     torch.testing.assert_close(output[:, :tokens], torch.cat(outputs, 1), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(after, final, rtol=1e-10, atol=1e-10)
     assert not output[:, tokens:].any()
-    expected = results(generalised_delta_rule_reference, inputs, torch.float64, documents_BT=documents)
+    expected = results(recurrence, inputs, torch.float64, documents_BT=documents)
     for dtype, tolerance in TOLERANCE.items():
         assert_equal(results(generalised_delta_rule, inputs, dtype, documents_BT=documents, chunk=16), expected, tolerance)
 

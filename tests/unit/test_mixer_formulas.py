@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from limbeck.config.parts.mixers import MIXERS
-from limbeck.ops.path_attention import path_attention_reference
 from mixer_cases import CASES, Bench
+from recurrences import keys_moved_token_by_token
 
 pytestmark = pytest.mark.usefixtures("double")
 LENGTH = 21
@@ -78,7 +78,7 @@ def test_path_moves_every_key_by_the_householders_after_it() -> None:
     for lag in range(3):
         w[:, lag:] += raw[:, : LENGTH - lag] * mixer.w_conv[:, 2 - lag]
     beta = 2 * mixer.b_proj(x).sigmoid()
-    out = path_attention_reference(
+    out = keys_moved_token_by_token(
         q.unflatten(2, (2, 2)), unit(heads(mixer, w)), beta, k, heads(mixer, mixer.v_proj(x)),
         torch.zeros(1, LENGTH, dtype=torch.int64), scale=mixer.facts.scaling,
     )  # fmt: skip

@@ -1,11 +1,10 @@
-"""Rows cut into chunks of tokens, what packing means inside them, and the plain loop that every chunked operator is compared to.
+"""Rows cut into chunks of tokens, and what packing means inside them.
 
 Layout of a chunked tensor: ``[c, B, H, C, ...]``, c chunks first, so that one chunk of all rows and heads is contiguous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,28 +68,3 @@ def chunk_masks(segments_BT: Tensor | None, real_BT: Tensor | None, size: int, d
         stays=(segments == last).unsqueeze(2),
         survives=(last == entering).unsqueeze(2),
     )
-
-
-def token_by_token(
-    step: Callable[..., tuple[Tensor, Tensor]], inputs_BT: Sequence[Tensor], state: Tensor, documents_BT: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``step(*inputs at t, state) -> (output, state)`` over whole rows ``[B, T, ...]``: ``(outputs [B, T, ...], final state)``.
-
-    The state is zero again where a document begins that is not the row's first; padding reads zero and leaves it as it was.
-    """
-    batch, num_tokens = inputs_BT[0].shape[:2]
-    before = [-1] * batch
-    outputs = []
-    for t in range(num_tokens):
-        real = [True] * batch
-        if documents_BT is not None:
-            now = documents_BT[:, t].tolist()
-            real = [i >= 0 for i in now]
-            begins = [i >= 0 and last >= 0 and i != last for i, last in zip(now, before, strict=True)]
-            before = [i if i >= 0 else last for i, last in zip(now, before, strict=True)]
-            state = torch.where(torch.tensor(begins, device=state.device)[:, None, None, None], 0, state)
-        real_B111 = torch.tensor(real, device=state.device)[:, None, None, None]
-        output, written = step(*(x[:, t] for x in inputs_BT), state)
-        state = torch.where(real_B111, written, state)
-        outputs.append(torch.where(real_B111[..., 0], output, 0))
-    return torch.stack(outputs, 1), state

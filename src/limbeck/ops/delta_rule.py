@@ -1,4 +1,4 @@
-"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464): naive recurrence, one decode step, and the chunked form.
+"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464): one decode step, and the chunked form.
 
 A matrix state ``S`` [K, V] is a memory of key -> value pairs.  At every token it decays, then the value stored under the key is
 moved towards the new one, then it is read:
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from limbeck.ops.backends import with_fla
 from limbeck.ops.chunked_delta_rule import Gates, chunked_delta_rule
-from limbeck.ops.chunks import chunk_size, token_by_token
+from limbeck.ops.chunks import chunk_size
 from limbeck.ops.packing import document_segments
 
 
@@ -78,26 +78,3 @@ def gated_delta_rule_step(
     state_BHKV = state_BHKV + k_BHK[..., None] * error_BHV[..., None, :]
     o_BHV = (state_BHKV * q_BHK[..., None]).sum(-2) * scale
     return o_BHV.to(v_BHV.dtype), state_BHKV
-
-
-def gated_delta_rule_reference(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g: Tensor,
-    beta_BTH: Tensor,
-    *,
-    documents_BT: Tensor | None = None,
-    initial_state_BHKV: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token, in the inputs' own dtype: what :func:`gated_delta_rule` and, with ``g`` ``[B, T, H, K]``,
-    :func:`~limbeck.ops.kda.kimi_delta_rule` are compared to."""
-
-    def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return gated_delta_rule_step(*inputs, scale=scale)
-
-    state = initial_state_BHKV
-    if state is None:
-        state = v_BTHV.new_zeros(k_BTHK.shape[0], *k_BTHK.shape[2:], v_BTHV.shape[-1])
-    return token_by_token(step, (q_BTHK, k_BTHK, v_BTHV, g, beta_BTH), state, documents_BT)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from limbeck.ops.backends import with_fla
 from limbeck.ops.channel_decay import common_dtype
-from limbeck.ops.chunks import FLOOR, chunk_masks, chunk_size, to_chunks, to_tokens, token_by_token
+from limbeck.ops.chunks import FLOOR, chunk_masks, chunk_size, to_chunks, to_tokens
 from limbeck.ops.linear_attention import linear_attention
 from limbeck.ops.packing import document_segments
 
@@ -116,24 +116,3 @@ def gated_slot_attention_step(
     keys, values = state.split([k.shape[-1], v.shape[-1]], -1)
     weights_BHM = ((keys * q[..., None, :]).sum(-1) * scale).softmax(-1)
     return (values * weights_BHM[..., None]).sum(-2).to(v_BHV.dtype), state
-
-
-def gated_slot_attention_reference(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g_BTHM: Tensor,
-    *,
-    documents_BT: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token, in the inputs' own dtype: what :func:`gated_slot_attention` is compared to."""
-
-    def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return gated_slot_attention_step(*inputs, scale=scale)
-
-    state = initial_state
-    if state is None:
-        state = v_BTHV.new_zeros(g_BTHM.shape[0], *g_BTHM.shape[2:], k_BTHK.shape[-1] + v_BTHV.shape[-1])
-    return token_by_token(step, (q_BTHK, k_BTHK, v_BTHV, g_BTHM), state, documents_BT)

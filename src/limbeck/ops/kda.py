@@ -3,7 +3,7 @@
     S <- diag(e^g) S ;   S <- S + k (beta (v - S^T k))^T ;   o = scale * S^T q
 
 With one decay in all channels it is the gated delta rule, :mod:`limbeck.ops.delta_rule`, whose words on key length, packing and padding
-hold here too, and whose single step and naive recurrence take a decay for every channel as well.  In a chunk with entering state ``S``
+hold here too, and whose single step takes a decay for every channel as well.  In a chunk with entering state ``S``
 the corrections ``v~_i = beta_i (v_i - S_i^T k_i)`` solve
 
     (I + A) v~ = beta v - (beta e^G k) S          A_ij = beta_i sum_c k_ic k_jc e^(G_ic - G_jc),  j < i

@@ -1,4 +1,4 @@
-"""Linear attention with decay: naive recurrence, one decode step, and the chunked form.
+"""Linear attention with decay: one decode step, and the chunked form.
 
     S <- diag(e^g) S + k v^T ;   o = scale * S^T q
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from limbeck.ops.backends import with_fla
 from limbeck.ops.channel_decay import chunked_rows, common_dtype
-from limbeck.ops.chunks import chunk_size, to_chunks, to_tokens, token_by_token
+from limbeck.ops.chunks import chunk_size, to_chunks, to_tokens
 
 
 @with_fla
@@ -69,24 +69,3 @@ def linear_attention_step(
     g_BHW = g[..., None] if g.ndim == k.ndim - 1 else g
     state_BHKV = state_BHKV * g_BHW.exp()[..., None] + k[..., None] * v[..., None, :]
     return ((state_BHKV * q[..., None]).sum(-2) * scale).to(v_BHV.dtype), state_BHKV
-
-
-def linear_attention_reference(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g: Tensor,
-    *,
-    documents_BT: Tensor | None = None,
-    initial_state_BHKV: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token, in the inputs' own dtype: what :func:`linear_attention` is compared to."""
-
-    def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_attention_step(*inputs, scale=scale)
-
-    state = initial_state_BHKV
-    if state is None:
-        state = v_BTHV.new_zeros(k_BTHK.shape[0], *k_BTHK.shape[2:], v_BTHV.shape[-1])
-    return token_by_token(step, (q_BTHK, k_BTHK, v_BTHV, g), state, documents_BT)

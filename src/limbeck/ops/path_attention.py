@@ -138,18 +138,3 @@ def _carried_on(carried: Tensor, through: Tensor, past_BJSK: Tensor | None) -> T
     for block, product in zip(carried, through, strict=True):
         keys = torch.cat([keys @ product.mT, block], -2)
     return keys
-
-
-def path_attention_reference(
-    q_BTJGK: Tensor, w_BTJK: Tensor, beta_BTJ: Tensor, k_BTJK: Tensor, v_BTJV: Tensor, document_BT: Tensor, *, scale: float
-) -> Tensor:
-    """The definition, token by token with every key moved at every step: what :func:`path_attention` is compared to."""
-    keys = k_BTJK[:, :0]
-    outputs = []
-    for t in range(q_BTJGK.shape[1]):
-        w, beta = w_BTJK[:, t, None], beta_BTJ[:, t, None, :, None]
-        keys = torch.cat([keys - beta * w * (keys * w).sum(-1, keepdim=True), k_BTJK[:, t, None]], 1)
-        scores = torch.einsum("bjgk,bsjk->bjgs", q_BTJGK[:, t], keys) * scale
-        seen = (document_BT[:, : t + 1] == document_BT[:, t, None])[:, None, None]
-        outputs.append(torch.einsum("bjgs,bsjv->bjgv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v_BTJV[:, : t + 1]))
-    return torch.stack(outputs, 1)

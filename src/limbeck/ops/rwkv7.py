@@ -19,7 +19,7 @@ from torch import Tensor
 
 from limbeck.ops.backends import with_fla
 from limbeck.ops.channel_decay import chunked_rows, common_dtype
-from limbeck.ops.chunks import chunk_size, to_chunks, to_tokens, token_by_token
+from limbeck.ops.chunks import chunk_size, to_chunks, to_tokens
 
 
 @with_fla
@@ -83,26 +83,3 @@ def generalised_delta_rule_step(
     read_BHV = (state_BHKV * a[..., None]).sum(-2)
     state_BHKV = state_BHKV + b[..., None] * read_BHV[..., None, :] + k[..., None] * v[..., None, :]
     return ((state_BHKV * q[..., None]).sum(-2) * scale).to(v_BHV.dtype), state_BHKV
-
-
-def generalised_delta_rule_reference(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g_BTHK: Tensor,
-    a_BTHK: Tensor,
-    b_BTHK: Tensor,
-    *,
-    documents_BT: Tensor | None = None,
-    initial_state_BHKV: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token, in the inputs' own dtype: what :func:`generalised_delta_rule` is compared to."""
-
-    def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return generalised_delta_rule_step(*inputs, scale=scale)
-
-    state = initial_state_BHKV
-    if state is None:
-        state = v_BTHV.new_zeros(k_BTHK.shape[0], *k_BTHK.shape[2:], v_BTHV.shape[-1])
-    return token_by_token(step, (q_BTHK, k_BTHK, v_BTHV, g_BTHK, a_BTHK, b_BTHK), state, documents_BT)
