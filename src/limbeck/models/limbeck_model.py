@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from limbeck.config.base import Part
 from limbeck.config.parts.surgeries import SURGERIES
+from limbeck.config.plugins import load_entry_points
 from limbeck.errors import ModelError, did_you_mean
 from limbeck.models.across import carry_across
 from limbeck.models.experts import pin_experts
@@ -44,7 +46,6 @@ else:
 class HybridMixin(_Model):
     """First base of every generated student class: replays the surgery, makes the cache, loads strictly."""
 
-    base_model_class: type[PreTrainedModel]
     config: Any
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
@@ -130,7 +131,8 @@ def _student_forward(base: type[PreTrainedModel]) -> Any:
 
 
 def surgeries_of(config: Any) -> list[Any]:
-    """The surgeries a student's config remembers, built in order."""
+    """The surgeries a student's config remembers, built in order; installed plug-ins are known to it."""
+    load_entry_points()
     section = getattr(config, "limbeck", None)
     if not isinstance(section, dict):
         raise ModelError(f"{type(config).__name__} has no `limbeck` section, so there is no surgery to replay")
@@ -143,7 +145,14 @@ def surgeries_of(config: Any) -> list[Any]:
                 f"{did_you_mean(str(kind), SURGERIES) or ';'} "
                 f"known: {', '.join(SURGERIES)}; import the plug-in that registers it first"
             )
-        built.append(SURGERIES.build(SURGERIES.options(kind).model_validate(options)))
+        try:
+            built.append(SURGERIES.build(SURGERIES.options(kind).model_validate(options)))
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise ModelError(
+                f"the model was made by surgery {kind!r} with options that mean nothing here ({'.'.join(map(str, found['loc']))}: {found['msg']}); "
+                "import the plug-in that registers them first"
+            ) from error
     return built
 
 
@@ -212,7 +221,6 @@ def _generate(
             "__module__": __name__,
             "__doc__": f"A student of {family}.",
             "config_class": config_class,
-            "base_model_class": base_model,
             "forward": _student_forward(base_model),
         },
     )

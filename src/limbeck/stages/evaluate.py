@@ -20,7 +20,7 @@ from limbeck.models.loading import load_model, load_tokenizer, resolve_source
 from limbeck.models.vocabulary import check_vocabulary
 from limbeck.stages.context import Say, StageContext
 from limbeck.stages.folder import read_json, write_json
-from limbeck.stages.run import open_stage
+from limbeck.stages.run import load_plugins_of, open_stage
 from limbeck.stages.train import trained_model
 
 
@@ -125,6 +125,7 @@ def evaluate_path(
     ``recall_vocabulary`` is the number of ids that recall probes use (:class:`RecallOptions`).
     """
     path = path.resolve()
+    load_plugins_of(path)
     run_stage = path if (path / "stage.json").exists() else path.parent if (path.parent / "stage.json").exists() else None
     folder = path / "model" if (path / "model").is_dir() else path
     if not (folder / "config.json").exists():

@@ -30,7 +30,7 @@ from limbeck.stages.adapting import condition_of, conditions_stage, open_conditi
 from limbeck.stages.context import Say, StageContext
 from limbeck.stages.export_gguf import SUFFIX, export_gguf
 from limbeck.stages.folder import digest, read_json
-from limbeck.stages.run import open_stage
+from limbeck.stages.run import load_plugins_of, open_stage
 from limbeck.stages.train import checkpoint_folder, student_of, trained_model
 from limbeck.stages.train_adapters import safe
 from limbeck.students.generator.student import WEIGHTS, is_generator
@@ -173,6 +173,7 @@ def export_path(
     path = Path(match[1] if match else resolve_source(run_or_model) if run_or_model.startswith("builtin:") else run_or_model).resolve()
     if output is not None:
         _check_output(output, to, path)
+    load_plugins_of(path)
     if match:
         _check_checkpoint(path, run_or_model)
     if match and to == GGUF:

@@ -28,6 +28,7 @@ from limbeck.models.vocabulary import check_vocabulary
 from limbeck.stages.context import Say
 from limbeck.stages.folder import write_json
 from limbeck.stages.generate import Reads, adapted_base, refuse_for_a_model
+from limbeck.stages.run import load_plugins_of
 from limbeck.students.generator.student import is_generator
 from limbeck.students.ternarize import settled
 
@@ -92,6 +93,7 @@ def _open(path: str, reads: Reads, settings: HarnessSettings) -> LoadedLM:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: torch.dtype = getattr(torch, settings.dtype)
     more: dict[str, Any] = {"batch_size": settings.batch_size, "max_length": settings.max_length}
+    load_plugins_of(path)
     folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
     if is_generator(folder):
         student, adapters, tokenizer = adapted_base(folder.resolve(), reads, dtype=dtype, device=device)

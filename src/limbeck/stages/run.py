@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from limbeck.data.prepare import input_files
 from limbeck.engine.checkpoint import FINAL, saved_steps
 from limbeck.engine.lock import RunLock
 from limbeck.engine.parallel import World, connect
+from limbeck.engine.screen import unbroken
 from limbeck.errors import LimbeckError, RecipeError, RunError, did_you_mean
 from limbeck.files import sha256, write_atomically
 from limbeck.interrupts import Interrupts, held, interruptible
@@ -62,7 +63,7 @@ def run_recipe(
     """Do what is not done yet.  Returns the run directory.
 
     ``stage`` runs that stage alone (its inputs must be finished); ``fresh`` sets aside what is there and starts anew.
-    ``console`` shows training as it goes: a live line on a terminal, a plain line a logged step elsewhere.  ``device`` is where to
+    ``console`` shows work as it goes: a live view on a terminal or in a notebook, plain lines elsewhere.  ``device`` is where to
     compute, a GPU by default if there is one.
 
     How it ended is in ``exit_reason`` of the run directory: ``finished``, ``preempted`` (Ctrl-C, SIGTERM, SIGUSR1; the same call goes
@@ -78,7 +79,7 @@ def run_recipe(
         world = connect(device)
         run_dir.mkdir(parents=True, exist_ok=True)
         first = world.rank == 0
-        run = _Run(recipe, run_dir, recipe_dir, world, say if first else _silent, console if first else None)
+        run = _Run(recipe, run_dir, recipe_dir, world, unbroken(say) if first else _silent, console if first else None)
         with RunLock(run_dir if first else None), _end_recorded(run_dir if first else None, interrupts), world.watched():
             _run_stages(run, order, stage, fresh)
     return run_dir
@@ -106,7 +107,7 @@ def _run_stages(run: _Run, order: list[str], stage: str | None, fresh: bool) -> 
             run.say(f"[{number}/{len(chosen)}] {name}: done before, skipped")
             continue
         run.say(f"[{number}/{len(chosen)}] {name} ({recipe.stages[name].kind})")
-        _run_stage(name, keys[name], run)
+        _run_stage(name, keys[name], replace(run, place=f"stage {number} of {len(chosen)}"))
         world.barrier()
 
 
@@ -179,12 +180,14 @@ class _Run:
     world: World
     say: Say
     console: Console | None
+    place: str = ""
 
     def context(self, name: str, options: Any, folder: Path, facts: dict[str, Any] | None = None) -> StageContext:
         """What a stage, or a cell of its grid, gets to work with."""
         return StageContext(
-            self.recipe, name, options, folder, self.run_dir, self.recipe_dir, self.world, self.say, self.console, {} if facts is None else facts
-        )
+            self.recipe, name, options, folder, self.run_dir, self.recipe_dir, self.world, self.say, self.console,
+            {} if facts is None else facts, self.place,
+        )  # fmt: skip
 
 
 def _run_stage(name: str, key: str, run: _Run) -> None:
@@ -264,7 +267,7 @@ def _run_grid(name: str, folder: Path, run: _Run) -> None:
         run.say(f"  cell {number}/{len(cells)}: {label}{' (done before, skipped)' if finished else ''}")
         cell = StageFolder(folder / "grid" / label)
         if not finished:
-            _perform(name, options, cell, key, run)
+            _perform(name, options, cell, key, replace(run, place=f"{run.place}, cell {number} of {len(cells)}"))
             run.world.barrier()
         record = cell.record or {}
         rows.append({**settings, **{k: v for k, v in record.get("result", {}).items() if isinstance(v, int | float | str)}})
@@ -387,6 +390,14 @@ def _record_start(recipe: Recipe, run_dir: Path, recipe_dir: Path, device: torch
     write_json(run_dir / "recipe.json", recipe.model_dump(mode="json", by_alias=True))
     where = {"recipe_dir": str(recipe_dir.resolve()), "recipe_sha256": sha256(run_dir / "recipe.json")}
     write_json(run_dir / "environment.json", {**surroundings(device), **where})
+
+
+def load_plugins_of(path: str | Path) -> None:
+    """Load the plug-ins of the run that a stage, or the model folder of one, belongs to; any other place is left alone."""
+    folder = Path(path).resolve()
+    stage = next((place for place in (folder, folder.parent) if (place / "stage.json").exists()), None)
+    if stage is not None and (stage.parent / "recipe.json").exists() and read_object(stage.parent / "recipe.json").get("plugins"):
+        open_stage(stage)
 
 
 def open_stage(path: Path) -> StageContext:
