@@ -9,7 +9,9 @@ import torch
 from families import VOCABULARY, stir
 from limbeck.config.parts.objectives import OBJECTIVES
 from limbeck.models.loading import build_model
+from limbeck.ops.ternary import Ternary
 from limbeck.students.student import Student
+from limbeck.students.ternary.modules import Quantised
 
 QWEN3_MOE: dict[str, Any] = {
     "model_type": "qwen3_moe", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -29,3 +31,9 @@ def moe_student(dtype: torch.dtype = torch.float64, seed: int = 0) -> Student:
 def objective(kind: str, **settings: Any) -> Any:
     """An objective of these options."""
     return OBJECTIVES.build(OBJECTIVES.options(kind).model_validate({"kind": kind, **settings}))
+
+
+def ternary_weights(model: Any) -> dict[str, Ternary]:
+    """Codes and scales of each ternary weight, by its name; a fused ``gate_up_proj`` whole, gate rows first."""
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, Quantised)}
+    return {f"{path}.{name}": module.codes(name) for path, module in modules.items() for name in module.parts}

@@ -58,18 +58,6 @@ class AttentionStream(Need):
 
 
 @dataclass(frozen=True)
-class Hidden(Need):
-    """Hidden states after the named decoder layers, ``[B, T, D]`` each."""
-
-    layers: tuple[int, ...]
-
-    def merge(self, other: Need) -> Need:
-        if not isinstance(other, Hidden):
-            raise TypeError("needs of different classes do not merge")
-        return Hidden(tuple(sorted({*self.layers, *other.layers})))
-
-
-@dataclass(frozen=True)
 class AttentionQKV(Need):
     """Queries, keys and values of the named decoder layers as their projections give them (negative numbers count from the end)."""
 

@@ -101,7 +101,6 @@ class Output:
 
     hidden_BTD: Tensor
     head: Head
-    hidden_layers: Mapping[int, Tensor] = field(default_factory=dict)
     observed: Mapping[type[Need], Any] = field(default_factory=dict)
 
 

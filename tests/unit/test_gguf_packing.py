@@ -23,7 +23,6 @@ from limbeck.export.gguf.packing import (
     fitting,
     pack,
     pack_ternary,
-    unpack_ternary,
 )
 from limbeck.ops.ternary import Ternary, dequantised, ternary
 
@@ -35,6 +34,34 @@ def random_ternary(*shape: int, scale: str = "row", group: int | None = None, se
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.02
     made: Any = ternary(weight, scale=scale, group=group, method="absmean")  # type: ignore[arg-type]
     return made
+
+
+def unpack_ternary(packed: np.ndarray, kind: Any) -> Ternary:
+    """A reader of what :func:`pack_ternary` writes, with a scale for each block: ``codes [*, O, I]``, ``scales [*, O, I / block]``."""
+    blocks = packed.reshape(-1, kind.size)
+    scales, body = (blocks[:, :2], blocks[:, 2:]) if kind is Q2_0 else (blocks[:, -2:], blocks[:, :-2])
+    if kind is Q2_0:
+        digits = _from_four(body).transpose(0, 2, 1)
+    elif kind is TQ2_0:
+        digits = _from_four(body.reshape(-1, 32))
+    else:
+        # ggml's three stretches of a block: 32 bytes of five weights, 16 of five, 4 of four.
+        parts = zip(np.split(body, [32, 48], 1), (5, 5, 4), strict=True)
+        digits = np.concatenate([_from_five(part, count) for part, count in parts], 1)
+    codes = digits.reshape(len(blocks), kind.block).astype(np.int8) - np.int8(1)
+    shape = (*packed.shape[:-1], packed.shape[-1] // kind.size * kind.block)
+    found = np.ascontiguousarray(scales).view(np.float16).astype(np.float32)
+    return Ternary(torch.from_numpy(codes.reshape(shape)), torch.from_numpy(found.reshape(*packed.shape[:-1], -1)))
+
+
+def _from_four(body_NM: np.ndarray) -> np.ndarray:
+    return np.stack([body_NM >> shift & 3 for shift in (0, 2, 4, 6)], 1)
+
+
+def _from_five(body_NM: np.ndarray, count: int) -> np.ndarray:
+    powers = np.array([1, 3, 9, 27, 81], dtype=np.uint8)[:count, None]
+    shifted = body_NM[:, None] * powers
+    return (shifted.astype(np.uint16) * 3 >> 8).reshape(len(body_NM), -1)
 
 
 @pytest.mark.parametrize("kind, name", [(TQ1_0, "TQ1_0"), (TQ2_0, "TQ2_0")])

@@ -29,8 +29,9 @@ from limbeck.models.loading import build_model, load_model, save_model
 from limbeck.models.structure import layer_list
 from limbeck.ops.ternary import dequantised, round_token, ternary
 from limbeck.students.student import Student
-from limbeck.students.ternarize import check_exportable, dequantise, settled, ternarize_options, ternary_weights
+from limbeck.students.ternarize import check_exportable, dequantise, settled, ternarize_options
 from limbeck.students.ternary import modules
+from moe_cases import ternary_weights
 from ranks import on_two_ranks
 
 BASE: dict[str, Any] = {"source": "tiny", "fingerprint": {}}
@@ -246,13 +247,13 @@ def test_the_first_rule_that_matches_decides() -> None:
 @pytest.mark.parametrize("method", ["absmean", "elastic"])
 def test_dequantised_models_compute_the_same_and_are_never_rounded_again(family: str, method: Any, tmp_path: Path) -> None:
     student, ids = student_of(base_of(family), method=method, activations="token"), tokens(2, 11)
-    wanted, codes = logits(student.model, ids), dict(ternary_weights(student.model))
+    wanted, codes = logits(student.model, ids), ternary_weights(student.model)
     dequantise(student.model)
     assert torch.equal(logits(student.model, ids), wanted)
     save_model(student.model, tmp_path / "model")
     loaded = aligned(load_model(str(tmp_path / "model")))
     assert torch.equal(logits(loaded, ids), wanted)
-    for name, again in ternary_weights(loaded):
+    for name, again in ternary_weights(loaded).items():
         # A file holds the same values, whether codes are found while training or in dequantised weights.
         assert torch.equal(again.codes, codes[name].codes)
         used = codes[name].codes.any(-1, keepdim=True)
@@ -367,11 +368,11 @@ def trained(folder: Path, family: str, *, steps: int = 12, stop: int | None = No
 @pytest.mark.parametrize("options", [{}, {"method": "elastic"}, {"warmup": 8, "activations": "token"}], ids=["absmean", "elastic", "warming"])
 @pytest.mark.parametrize("family", ["llama3", "qwen3_moe"])
 def test_training_lowers_the_loss_and_changes_codes(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    before = dict(ternary_weights(student_of(base_of(family), **options).model))
+    before = ternary_weights(student_of(base_of(family), **options).model)
     student = trained(tmp_path, family, steps=40, **options)
     losses = loss_trace(tmp_path / "metrics.jsonl")
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.2
-    flips = [(t.codes != before[name].codes).float().mean() for name, t in ternary_weights(student.model)]
+    flips = [(t.codes != before[name].codes).float().mean() for name, t in ternary_weights(student.model).items()]
     assert all(share > 0.01 for share in flips)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert all(0.2 < row["ternary/zeros"] < 0.6 and 0 <= row["ternary/flips"] < 0.5 for row in rows)
@@ -422,7 +423,7 @@ def _gathered(rank: int, mesh: DeviceMesh) -> None:
     from limbeck.engine.precision import autocast, sharded_policy
 
     student = student_of(base_of("qwen3_moe"), plan=[{"match": "*.experts.*", "precision": "ternary"}, {"match": "*", "precision": "keep"}])
-    wanted = dict(ternary_weights(student.model))
+    wanted = ternary_weights(student.model)
     step = TrainStep(student, [DenseCE()])
     world = World(torch.device("cpu"), rank, 2, mesh, dist.new_group(backend="gloo"))
     parallelize(step, world, sharded_policy("bfloat16"))

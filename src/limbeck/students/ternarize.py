@@ -7,7 +7,6 @@ training step; the config remembers how far it came.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,7 +19,6 @@ from limbeck.config.parts.surgeries import TernarizeOptions
 from limbeck.errors import ModelError
 from limbeck.models.experts import plain
 from limbeck.models.structure import OUTPUTS, layer_list
-from limbeck.ops.ternary import Ternary
 from limbeck.students.hybridize import REST_ROLE
 from limbeck.students.mixers.base import Report
 from limbeck.students.ternary.modules import LEARNT, Quantised, Quantiser, SubNorm, TernaryLinear, make_ternary, start_scales
@@ -254,12 +252,6 @@ def check_exportable(config: Any) -> TernarizeOptions:
             "weights than were trained: go on training it, then export"
         )
     return options
-
-
-def ternary_weights(model: PreTrainedModel) -> Iterator[tuple[str, Ternary]]:
-    """Each ternary weight's name with its codes and scales, one at a time; a fused ``gate_up_proj`` whole, gate rows first."""
-    for path, module, name in _found(model):
-        yield path, module.codes(name)
 
 
 @torch.no_grad()

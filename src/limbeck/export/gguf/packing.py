@@ -126,34 +126,6 @@ def _five(digits_NB: np.ndarray, start: int, count: int, width: int) -> np.ndarr
     return ((numbers * np.uint16(256).astype(np.uint32) + 242) // 243).astype(np.uint8)
 
 
-def unpack_ternary(packed: np.ndarray, kind: FileType) -> Ternary:
-    """What :func:`pack_ternary` wrote, with a scale for each block: ``codes [*, O, I]``, ``scales [*, O, I / block]``."""
-    blocks = packed.reshape(-1, kind.size)
-    scales, body = (blocks[:, :2], blocks[:, 2:]) if kind is Q2_0 else (blocks[:, -2:], blocks[:, :-2])
-    if kind is Q2_0:
-        digits = _from_four(body).transpose(0, 2, 1)
-    elif kind is TQ2_0:
-        digits = _from_four(body.reshape(-1, 32))
-    else:
-        stops = np.cumsum([width for _, _, width in _TRIT_BYTES])[:-1]
-        parts = [_from_five(part, count) for part, (_, count, _) in zip(np.split(body, stops, 1), _TRIT_BYTES, strict=True)]
-        digits = np.concatenate(parts, 1)
-    codes = digits.reshape(len(blocks), kind.block).astype(np.int8) - np.int8(1)
-    shape = (*packed.shape[:-1], packed.shape[-1] // kind.size * kind.block)
-    found = np.ascontiguousarray(scales).view(np.float16).astype(np.float32)
-    return Ternary(torch.from_numpy(codes.reshape(shape)), torch.from_numpy(found.reshape(*packed.shape[:-1], -1)))
-
-
-def _from_four(body_NM: np.ndarray) -> np.ndarray:
-    return np.stack([body_NM >> shift & 3 for shift in (0, 2, 4, 6)], 1)
-
-
-def _from_five(body_NM: np.ndarray, count: int) -> np.ndarray:
-    powers = np.array([1, 3, 9, 27, 81], dtype=np.uint8)[:count, None]
-    shifted = body_NM[:, None] * powers
-    return (shifted.astype(np.uint16) * 3 >> 8).reshape(len(body_NM), -1)
-
-
 def pack_floats(weight: Tensor, kind: FileType) -> np.ndarray:
     """A float tensor as a type's bytes, uint8 ``[*, bytes of a row]``; fp16 values too large for it are a :class:`ModelError`."""
     if kind is Q8_0:
