@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,12 @@ def help_of(info: FieldInfo) -> str:
 def default_of(info: FieldInfo) -> Any:
     """A field's default as JSON values."""
     return to_jsonable_python(info.get_default(call_default_factory=True), by_alias=True)
+
+
+def some(places: Iterable[str]) -> str:
+    """The first few of the places where something stands, and how many more there are."""
+    paths = list(dict.fromkeys(places))
+    return ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
 
 
 def _flow(text: str) -> str:
@@ -198,9 +204,8 @@ def _matches(words: list[str], path: tuple[str, ...]) -> bool:
 
 def _field_text(entries: list[Entry]) -> str:
     info = entries[0].info
-    paths = list(dict.fromkeys(".".join(entry.path) for entry in entries))
-    places = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
     default = "required" if info.is_required() else f"default {json.dumps(default_of(info), ensure_ascii=False)}"
+    places = some(".".join(entry.path) for entry in entries)
     text = f"{entries[0].key}: {describe_all(field_shapes(info))}; {default}\n  {help_of(info)}\n  at {places}"
     for _, cls in _classes(field_shapes(info)):
         if len(list(_classes(field_shapes(info)))) == 1:

@@ -103,7 +103,7 @@ class _Writer:
         return [*above, f"{indent}- {lines[at][len(indent) + 2 :]}", *lines[at + 1 :]]
 
     def mapping(self, value: dict[str, Any], found: Shapes, indent: str) -> list[str]:
-        cls = _class_for(value, found)
+        cls = class_for(value, found)
         if cls is not None:
             return self.model(cls, value, indent)
         lines: list[str] = []
@@ -113,7 +113,7 @@ class _Writer:
         return lines
 
 
-def _class_for(value: dict[str, Any], found: Shapes) -> type[BaseModel] | None:
+def class_for(value: dict[str, Any], found: Shapes) -> type[BaseModel] | None:
     """The options class that a mapping is meant for."""
     for shape in flat(found):
         if isinstance(shape, PartShape):
