@@ -50,6 +50,7 @@ tr.group td { color: var(--soft); font-size: 12.5px; padding-top: 14px; border-b
 td.best { font-weight: 700; } td small { font-size: 11.5px; font-weight: 400; color: var(--soft); margin-left: 4px; }
 .wide .key { margin-right: 8px; }
 .texts-table th, .texts-table td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
+.texts-table th:first-child, .texts-table td:first-child { overflow-wrap: normal; white-space: nowrap; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 18px; align-items: start; }
 .figures.two { grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); }
 .figures.one { grid-template-columns: 1fr; }
