@@ -8,13 +8,14 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 import limbeck.agentic as agentic
 from limbeck.config.load import load_recipe, load_text, shipped_recipes
-from limbeck.data.trajectories.trajectory import REASONS
+from limbeck.data.trajectories.trajectory import Reason
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "agentic.md"
 BLOCK = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -62,7 +63,7 @@ def test_recipes_and_stages_that_the_page_names_exist() -> None:
     assert set(re.findall(r"--stage (\w+)", text)) <= set(stages)
     assert all(f"`{name}`" in text for name in ("warmup", "main", "anneal", "static", "static_anneal"))
     assert set(re.findall(r"runs/agentic-lora/(\w+)", text)) <= set(stages) and load_recipe("agentic_lora").name == "agentic-lora"
-    assert {"unanswered call", "arguments not JSON", "truncated JSON", "special token in text"} <= REASONS
+    assert {"unanswered call", "arguments not JSON", "truncated JSON", "special token in text"} <= set(get_args(Reason))
 
 
 def test_the_page_lists_every_public_name_and_is_short() -> None:

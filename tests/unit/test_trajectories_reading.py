@@ -8,6 +8,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
@@ -15,7 +16,7 @@ from limbeck.config.parts.trajectories import TrajectoryHubOptions
 from limbeck.data.trajectories.filters import statement, why_not
 from limbeck.data.trajectories.formats import repo_of, trajectory_of
 from limbeck.data.trajectories.reading import local_files, raw_rows
-from limbeck.data.trajectories.trajectory import REASONS, Unusable, checked
+from limbeck.data.trajectories.trajectory import Reason, Unusable, checked
 from limbeck.errors import DataError
 from trajectory_cases import call, event, made, row, stream, swe_agent
 
@@ -271,7 +272,7 @@ def test_a_damaged_row_is_refused_with_its_reason_and_place(title):
     mutate, reason, place = ROW_MUTATIONS[title]
     found = refusal(mutate(copy.deepcopy(row())))
     assert (found.reason, found.detail[: len(place)]) == (reason, place)
-    assert reason in REASONS and len(found.detail) < 400
+    assert reason in get_args(Reason) and len(found.detail) < 400
 
 
 @pytest.mark.parametrize("title", OTHER_MUTATIONS)
@@ -279,7 +280,7 @@ def test_a_damaged_run_of_another_format_is_refused_with_its_reason_and_place(ti
     sound, mutate, reason, place = OTHER_MUTATIONS[title]
     found = refusal(mutate(copy.deepcopy(sound())))
     assert (found.reason, found.detail[: len(place)]) == (reason, place)
-    assert reason in REASONS
+    assert reason in get_args(Reason)
 
 
 @pytest.mark.parametrize("field, reason", [("resolved", "resolved unknown"), ("exit_status", "exit status"), ("model_patch", "empty patch")])
@@ -312,7 +313,7 @@ def test_no_random_damage_raises_anything_but_unusable_or_breaks_a_promise():
         try:
             read = trajectory_of(sound, "made")
         except Unusable as why:
-            assert why.reason in REASONS and why.detail.encode()
+            assert why.reason in get_args(Reason) and why.detail.encode()
             outcomes[why.reason] += 1
         else:
             outcomes["read"] += 1

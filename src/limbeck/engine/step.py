@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from limbeck.errors import RunError
 from limbeck.needs import Need, merge_needs
 from limbeck.ops.fused import linear_cross_entropy
-from limbeck.types import Batch, LossTerm, Metric, Pending, Signal, Teacher
+from limbeck.types import Batch, LossTerm, Metric, Objective, Pending, Signal, Teacher
 
 Metrics = dict[str, Metric]
 
 
-def _labels(objectives: Sequence[Any]) -> list[str]:
+def _labels(objectives: Sequence[Objective]) -> list[str]:
     """Names of the objectives, numbered where two share one."""
     names = [o.name for o in objectives]
     return [n if names.count(n) == 1 else f"{n}.{names[:i].count(n)}" for i, n in enumerate(names)]
@@ -46,13 +46,14 @@ class TrainStep(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        objectives: Sequence[Any],
+        objectives: Sequence[Objective],
         teacher: Teacher | None = None,
         needs: Mapping[type[Need], Need] | None = None,
     ):
         super().__init__()
         self.student = student
-        self.objectives = tuple(objectives)
+        # Some have more than the protocol, and are asked for it by name.
+        self.objectives: tuple[Any, ...] = tuple(objectives)
         self.labels = _labels(self.objectives)
         self.needs = dict(needs or {})
         self._check_sight()

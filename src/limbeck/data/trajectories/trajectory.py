@@ -5,40 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
-REASONS = frozenset(
-    {
-        "not an object",
-        "unknown format",
-        "missing field",
-        "wrong type",
-        "truncated JSON",
-        "undecodable",
-        "nested too deep",
-        "unknown role",
-        "content is not text",
-        "arguments not JSON",
-        "arguments not an object",
-        "unanswered call",
-        "orphan tool answer",
-        "no user turn",
-        "no assistant turn",
-        "empty task",
-        "contradicting fields",
-        "template",
-        "special token in text",
-        "unknown event",
-        "damaged file",
-    }
-)
+Reason = Literal[
+    "not an object", "unknown format", "missing field", "wrong type", "truncated JSON", "undecodable", "nested too deep",
+    "unknown role", "content is not text", "arguments not JSON", "arguments not an object", "unanswered call",
+    "orphan tool answer", "no user turn", "no assistant turn", "empty task", "contradicting fields", "template",
+    "special token in text", "unknown event", "damaged file"
+]  # fmt: skip
 """Every reason for which reading a trajectory can fail."""
 
 
 class Unusable(Exception):
     """A record that is no sound trajectory: ``reason`` is one of a few, so that they can be counted, ``detail`` says where and what."""
 
-    def __init__(self, reason: str, detail: str):
+    def __init__(self, reason: Reason, detail: str):
         # What is found may be half a character, which no report can be written with.
         self.reason, self.detail = reason, detail.encode("utf-8", "backslashreplace").decode()
         super().__init__(f"{reason}: {self.detail}")
@@ -82,9 +63,10 @@ def checked(messages: Any, where: str = "messages", places: Sequence[str] | None
     turns = [_turn(message, place) for message, place in zip(messages, places, strict=True)]
     _check_answers(turns, places)
     roles = {turn["role"] for turn in turns}
-    for role in ("user", "assistant"):
+    lacking: tuple[tuple[str, Reason], ...] = (("user", "no user turn"), ("assistant", "no assistant turn"))
+    for role, reason in lacking:
         if role not in roles:
-            fail(f"no {role} turn", where, f"{len(turns)} turns of {', '.join(sorted(roles))}")
+            fail(reason, where, f"{len(turns)} turns of {', '.join(sorted(roles))}")
     if not first_user_turn(turns).strip():
         first = next(place for place, turn in zip(places, turns, strict=True) if turn["role"] == "user")
         fail("empty task", f"{first}.content", "the first user turn, which states the task, is blank")
@@ -118,7 +100,7 @@ def checked_tools(tools: Any, where: str = "tools") -> list[dict[str, Any]]:
     return kept
 
 
-def fail(reason: str, where: str, words: str) -> NoReturn:
+def fail(reason: Reason, where: str, words: str) -> NoReturn:
     """Raise :class:`Unusable` with the place first."""
     raise Unusable(reason, f"{where}: {words}")
 
