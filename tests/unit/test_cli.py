@@ -148,4 +148,4 @@ def test_doctor_ends_with_a_verdict() -> None:
     pytest.importorskip("torch")
     result = runner.invoke(app, ["doctor"])
     assert result.output.splitlines()[-1].startswith("verdict: ")
-    assert all(word in result.output for word in ("torch", "threads", "disk", "GFLOP/s", "flash-linear-attention"))
+    assert all(word in result.output for word in ("torch", "threads", "GiB free", "GFLOP/s", "flash-linear-attention"))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import limbeck.cli.app as cli
-from limbeck.cli.app import _group_left
+import limbeck.cli.manners as cli
+from limbeck.cli.manners import group_left
 from limbeck.config.load import load_text
 from limbeck.engine.signals import StopFlag
 from limbeck.errors import DataError
@@ -87,12 +87,12 @@ def test_a_verb_leaves_the_group_that_it_joined_and_no_other(monkeypatch: pytest
     def join() -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
-    with _group_left():
+    with group_left():
         join()
     assert not dist.is_initialized()
     join()
     try:
-        with _group_left():
+        with group_left():
             pass
         assert dist.is_initialized(), "it was there before"
     finally:
@@ -102,7 +102,7 @@ def test_a_verb_leaves_the_group_that_it_joined_and_no_other(monkeypatch: pytest
     monkeypatch.setattr(cli, "_PATIENCE", 0.2)
     monkeypatch.setattr(dist, "destroy_process_group", never.wait)
     try:
-        with _group_left():
+        with group_left():
             join()  # and its peer dies: whoever waits for it does so in a thread that holds nothing up
     finally:
         never.set()

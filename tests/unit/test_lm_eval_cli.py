@@ -8,7 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from limbeck.cli import lm_eval
+from limbeck import packages
 from limbeck.cli.app import app
 from limbeck.evaluation.harness_table import harness_table
 
@@ -31,7 +31,7 @@ def test_help_imports_neither_torch_nor_the_harness() -> None:
 
 @pytest.mark.parametrize(("words", "who"), [(["evaluate", "m", "--tasks", "t"], "evaluate --tasks"), (["lm_eval", "--help"], "lm_eval")])
 def test_a_harness_that_is_not_there_is_named_with_the_way_out(words: list[str], who: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_eval, "find_spec", lambda package: None if package == "lm_eval" else object())
+    monkeypatch.setattr(packages, "find_spec", lambda package: None if package == "lm_eval" else object())
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2 and done.stderr == f"limbeck: `limbeck {who}` needs lm_eval: pip install 'limbeck[lm-eval]'\n"
 

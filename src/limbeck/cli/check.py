@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import typer
 
+from limbeck import api
 from limbeck.cli.arguments import Overrides, RecipeArgument
 
 
 def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Say what a recipe would do, or all that is wrong with it."""
-    from limbeck.config.load import load_recipe, recipe_folder
-    from limbeck.config.native import native_exports
-    from limbeck.config.summary import summarise
-    from limbeck.config.trackers import check_trackers
+    """Say what a recipe would do, or all that is wrong with it.
 
-    loaded = load_recipe(recipe, overrides or ())
-    check_trackers(loaded)
-    notes: list[str] = []
-    if native_exports(loaded):
-        # Reads the teacher's config, by transformers: seconds that other recipes need not pay.
-        from limbeck.stages.native import check_native_teachers
-
-        notes = check_native_teachers(loaded, recipe_folder(recipe))
-    typer.echo(summarise(loaded))
-    for note in notes:
+    \b
+    limbeck check my.yaml
+    limbeck check hybrid align.loop.tokens=1M distil.loop.tokens=2M
+    """
+    summary, unchecked = api.check(recipe, *(overrides or ()))
+    typer.echo(summary)
+    for note in unchecked:
         typer.echo(f"\nnot checked: {note}")

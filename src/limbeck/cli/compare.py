@@ -7,25 +7,27 @@ from typing import Annotated
 
 import typer
 
+from limbeck import api
+
 
 def compare(
     things: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="Two or more: RUN, RUN/STAGE, RUN/STAGE/grid/CELL; a stage with a grid is all its cells.")
+        list[Path], typer.Argument(metavar="RUN", help="Two or more: RUN, RUN/STAGE, RUN/STAGE/grid/CELL; a stage with a grid is all its cells.")
     ],
     out: Annotated[Path, typer.Option(help="The page, one HTML file.")] = Path("compare.html"),
     by: Annotated[str, typer.Option(help="What curves run over: tokens or steps.")] = "tokens",
 ) -> None:
-    """Put runs side by side: what differs in their recipes, curves, evaluations, size and speed, seeds."""
-    from limbeck.cli.console import say
-    from limbeck.errors import RunError, did_you_mean
-    from limbeck.report.compare import compare as compared
-    from limbeck.report.compare import tables
-    from limbeck.report.compare_page import AXES, write_comparison
-    from limbeck.report.entries import read_entries
+    """Put runs side by side: settings, curves, evaluations.
 
-    if by not in AXES:
-        raise RunError(f"--by {by}: curves run over no such thing{did_you_mean(by, AXES) or ';'} allowed: {', '.join(AXES)}")
-    comparison = compared(read_entries(things))
-    for table in tables(comparison):
+    \b
+    limbeck compare runs/a runs/b
+    limbeck compare runs/a/distil runs/b/distil --out side_by_side.html --by steps
+
+    Also their sizes and speeds, what cannot be compared, and what differs in nothing but its seed.
+    """
+    from limbeck.cli.console import say
+    from limbeck.report.compare import tables
+
+    for table in tables(api.compare(*things, out=out, by=by)):
         say(table)
-    say(f"comparison {write_comparison(comparison, out, axis=by)}")
+    say(f"comparison {out}")

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from limbeck import api
 from limbeck.cli.arguments import Overrides
+from limbeck.errors import RunError
 
 
 def distill_ternary(
@@ -50,7 +52,7 @@ def distill_ternary(
     recipe: Annotated[str, typer.Option(help="Recipe with a ternary train stage `distil` that the flags change.")] = "ternary",
     fresh: Annotated[bool, typer.Option("--fresh", help="Set aside what is in the folder and start anew.")] = False,
 ) -> None:
-    """Train a student with ternary weights under a teacher behind an endpoint.
+    """Train ternary weights under a served teacher.
 
     \b
     limbeck teach builtin:code-2m &
@@ -62,14 +64,12 @@ def distill_ternary(
     names is a setting of the recipe: distil.loop.activation_checkpointing=true, say (`limbeck explain train` lists them).
     """
     from limbeck.cli.console import say, terminal
-    from limbeck.cli.teach import device_of
-    from limbeck.errors import RunError
 
     if not teacher_endpoint:
         raise RunError("--teacher-endpoint: say where the teacher is served, or set TEACHER_ENDPOINT (`limbeck teach MODEL` serves one)")
-    from limbeck.ternary import DistillTernary
+    from limbeck.stages.servers import device_of
 
-    run = DistillTernary(
+    run = api.DistillTernary(
         teacher_endpoint=teacher_endpoint, checkpoint_dir=checkpoint_dir, student=student, data=tuple(data or ()), recipe=recipe, protocol=protocol,
         top_k=top_k, keep_last_checkpoints=keep_last_checkpoints, total_steps=total_steps, warmup_steps=warmup_steps, lambda_steps=lambda_steps,
         batch_size=batch_size, seq_len=seq_len, lr=lr, mhc_lr=mhc_lr, kl_weight=kl_weight, temperature=temperature,

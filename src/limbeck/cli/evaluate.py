@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from limbeck.cli.lm_eval import need_harness
+from limbeck import api
 from limbeck.errors import LimbeckError
 
 
@@ -48,56 +48,41 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where lm_eval.json goes.", show_default=False)] = None,
 ) -> None:
-    """Measure a model beside its teacher, or on tasks of lm-evaluation-harness (what is said behind --tasks goes with it).
+    """Measure a model beside its teacher, or on tasks.
 
     \b
     limbeck evaluate runs/hybrid/distil
     limbeck evaluate runs/hybrid/distil --tasks arc_easy,mytasks/foo.yaml --against Qwen/Qwen3-0.6B
     limbeck evaluate runs/lora-generator/generate --tasks mytasks/foo.yaml --condition "reverse a list"
+
+    Tasks are those of lm-evaluation-harness; every option from --include-path on goes with --tasks.
     """
     from limbeck.cli.console import say
 
     voice = (lambda thing: typer.echo(thing, err=True)) if as_json else say
     if tasks:
         _refuse("is for the measures on text, and --tasks asks for other ones: leave it out", data=data, recall_vocabulary=recall_vocabulary)
-        how = {"limit": limit or None, "fewshot": num_fewshot, "chat_template": apply_chat_template, "max_length": max_length, "dtype": dtype}
-        reading = (condition or [], condition_file or [], named)
-        results, table = _on_tasks(str(path), tasks, include_path or [], against, how, batch_size, reading, out, voice)
+        if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+            raise LimbeckError(f"--batch-size {batch_size}: allowed are a number from 1 on, and auto")
+        results = api.evaluate_tasks(
+            path, [name for words in tasks for name in words.split(",") if name], include=include_path or (), against=against, fewshot=num_fewshot,
+            limit=limit or None, batch_size="auto" if batch_size == "auto" else int(batch_size), max_length=max_length,
+            chat_template=apply_chat_template, dtype=dtype, condition=condition or (), condition_files=condition_file or (), named=named, out=out,
+            say=voice,
+        )  # fmt: skip
+        from limbeck.evaluation.harness_table import harness_table as table
     else:
         _refuse(
             "goes with --tasks: name tasks, or leave it out", include_path=include_path, num_fewshot=num_fewshot, limit=limit, max_length=max_length,
             apply_chat_template=apply_chat_template or None, condition=condition, condition_file=condition_file, named=named, out=out,
             batch_size=None if batch_size == "8" else batch_size, dtype=None if dtype == "float32" else dtype,
         )  # fmt: skip
-        from limbeck.evaluation.table import comparison_table
-        from limbeck.stages.evaluate import evaluate_path
-
-        results, table = evaluate_path(path, against=against, data=data, recall_vocabulary=recall_vocabulary, say=voice), comparison_table
+        results = api.evaluate(path, against=against, data=data, recall_vocabulary=recall_vocabulary, say=voice)
+        from limbeck.evaluation.table import comparison_table as table
     if as_json:
-        import json
-
         typer.echo(json.dumps(results, indent=1))
     else:
         say(table(results))
-
-
-def _on_tasks(
-    path: str, tasks: list[str], include: list[Path], against: str | None, how: dict[str, Any], batch_size: str, reading: Any, out: Path | None, say: Any
-) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    need_harness("`limbeck evaluate --tasks`")
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
-        raise LimbeckError(f"--batch-size {batch_size}: allowed are a number from 1 on, and auto")
-    names = [name for words in tasks for name in words.split(",") if name]
-    try:
-        from limbeck.evaluation.harness_table import harness_table
-        from limbeck.stages.generate import Reads, texts_of
-        from limbeck.stages.harness import HarnessSettings, evaluate_tasks
-    except ModuleNotFoundError as error:
-        raise LimbeckError(f"`limbeck evaluate --tasks`: lm_eval needs {error.name}, which is not installed: pip install 'limbeck[lm-eval]'") from error
-    texts, files, named = reading
-    reads = Reads([*texts, *texts_of(files)], named)
-    settings = HarnessSettings(**how, batch_size=batch_size if batch_size == "auto" else int(batch_size))
-    return evaluate_tasks(path, names, settings, include=include, against=against, reads=reads, out=out, say=say), harness_table
 
 
 def _refuse(why: str, **given: Any) -> None:

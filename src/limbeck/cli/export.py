@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from limbeck import api
+from limbeck.errors import RunError
+
 
 def export(
     path: Annotated[str | None, typer.Argument(metavar="RUN_OR_MODEL", help="RUN/STAGE, RUN/STAGE@STEP, or a model folder.", show_default=False)] = None,
@@ -36,23 +39,20 @@ def export(
     verify: Annotated[bool, typer.Option("--verify", help="gguf: load the file in llama.cpp and compare it with torch.")] = False,
     force: Annotated[bool, typer.Option("--force", help="gguf: round a model that was not trained ternary, and say what that costs.")] = False,
 ) -> None:
-    """Write a model folder, or a file for llama.cpp, from a run or a model."""
-    from pydantic import ValidationError
+    """Write a model folder, or a file for llama.cpp.
 
+    \b
+    limbeck export runs/hybrid/distil --to hf --output my-model
+    limbeck export runs/ternary/distil --output model.gguf --verify
+    limbeck export runs/hybrid/distil@200 --to native
+    limbeck export runs/lora_generator/generate --to peft --prompt "reverse a list"
+    """
     from limbeck.cli.console import say
-    from limbeck.config.parts.stages import GgufOptions
-    from limbeck.errors import RunError
-    from limbeck.stages.export import export_path
 
     if (path is None) == (input is None):
         raise RunError("name what to export once: RUN/STAGE or a model folder, or the same by --input")
-    try:
-        gguf = GgufOptions.model_validate({"type": type, "scale": scale, "group_size": group_size, "verify": verify, "force": force})
-    except ValidationError as error:
-        problems = [f"{_flag(found['loc'])}{found['msg'].removeprefix('Value error, ')}" for found in error.errors()]
-        raise RunError("; ".join(problems)) from error
-    say(f"exported to {export_path(path or input or '', to=to, output=output, dtype=dtype, prompts=prompt or (), gguf=gguf, say=say)}")
-
-
-def _flag(location: tuple[int | str, ...]) -> str:
-    return f"--{str(location[0]).replace('_', '-')}: " if location else ""
+    written = api.export_model(
+        path or input or "", to, output=output, dtype=dtype, prompt=prompt or (), type=type, scale=scale, group_size=group_size, verify=verify,
+        force=force, say=say,
+    )  # fmt: skip
+    say(f"exported to {written}")

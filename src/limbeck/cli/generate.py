@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from limbeck import api
+
 
 def generate(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="RUN/STAGE, a model folder, or builtin:NAME.")],
@@ -26,14 +28,18 @@ def generate(
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show what the base writes without the generated LoRA, too.")] = False,
 ) -> None:
-    """Continue a prompt, as it is decoded; a LoRA generator reads a condition first and its base writes with the LoRA.
+    """Continue a prompt, as it is decoded.
 
+    \b
+    limbeck generate runs/hybrid/distil --prompt "def main(" --tokens 64
     limbeck generate runs/lora-generator/generate --condition "reverse a list" --prompt "def reverse(" --compare
-    """
-    from limbeck.stages.generate import Reads, continuations, texts_of
 
-    reads = Reads([*(condition or ()), *texts_of(condition_file or ())], named)
-    found = continuations(path, prompt, tokens=tokens, temperature=temperature, seed=seed, reads=reads, compare=compare)
+    A LoRA generator reads a condition first, and its base writes with the LoRA.
+    """
+    found = api.continuations(
+        path, prompt, tokens=tokens, temperature=temperature, seed=seed, condition=condition or (), condition_files=condition_file or (),
+        named=named, compare=compare,
+    )  # fmt: skip
     for title, pieces in found.items():
         if compare:
             typer.echo(f"--- {title}")

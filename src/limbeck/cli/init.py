@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from limbeck import api
+from limbeck.cli.complete import recipe_names
+from limbeck.errors import LimbeckError
 
 _ASKED = "With --slurm: "
 
 
 def init(
     kind: Annotated[
-        str | None, typer.Argument(help="A shipped recipe to start from: hybrid, pretrain …; with --slurm, a recipe or its file.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="A shipped recipe to start from: hybrid, pretrain …; with --slurm, a recipe or its file.", show_default=False,
+            autocompletion=recipe_names,
+        ),
     ] = None,
     from_seed: Annotated[
         list[Path] | None,
@@ -30,34 +38,30 @@ def init(
     cpu: Annotated[bool, typer.Option("--cpu", help=f"{_ASKED}no GPUs, one process.")] = False,
     time: Annotated[str | None, typer.Option(help=f"{_ASKED}time of one start, HH:MM:SS (24:00:00).", show_default=False)] = None,
 ) -> None:
-    """Print a recipe (a shipped one with every field explained, or the translation of another project's configs), or a job script."""
-    from limbeck.errors import LimbeckError
+    """Print a recipe with every field explained, or a job script.
 
+    \b
+    limbeck init hybrid > my.yaml
+    limbeck init --slurm my.yaml --nodes 2 --time 12:00:00 > job.sbatch
+    limbeck init --from-seed stage1.yaml --from-seed stage2.yaml > mine.yaml
+    """
     asked = {"verb": verb, "stage": stage, "nodes": nodes, "gpus": gpus, "cpus": cpus, "time": time}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if slurm:
-        from limbeck.config.slurm import Job, slurm_script
-
         if kind is None or from_seed:
             raise LimbeckError("init --slurm takes a recipe's file, or the name of a shipped one: limbeck init --slurm my.yaml > job.sbatch")
         if cpu and gpus:
             raise LimbeckError(f"--cpu and --gpus {gpus}: one of them")
-        typer.echo(slurm_script(kind, Job(**(given | {"gpus": 0} if cpu else given))), nl=False)  # type: ignore[arg-type]
-        return
-    if given or cpu:
+        typer.echo(api.slurm_script(kind, api.Job(**(given | {"gpus": 0} if cpu else given))), nl=False)
+    elif given or cpu:
         raise LimbeckError(f"--{next(iter(given), 'cpu')} is about a job: add --slurm")
-    if (kind is None) == (not from_seed):
-        from limbeck.config.load import shipped_recipes
-
-        raise LimbeckError(f"init takes the name of a shipped recipe ({', '.join(shipped_recipes())}) or --from-seed FILE")
-    if from_seed:
-        from limbeck.config.from_seed import from_seed as translate
-
-        text, notes = translate(from_seed)
+    elif (kind is None) == (not from_seed):
+        names = ", ".join(api.ls("recipes")["recipes"])
+        raise LimbeckError(f"init takes the name of a shipped recipe ({names}) or --from-seed FILE")
+    elif from_seed:
+        text, notes = api.from_seed(*from_seed)
         typer.echo(text, nl=False)
         for note in notes:
             typer.echo(f"limbeck: {note}", err=True)
-        return
-    from limbeck.config.template import template
-
-    typer.echo(template(str(kind)), nl=False)
+    else:
+        typer.echo(api.template(str(kind)), nl=False)

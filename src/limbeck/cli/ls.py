@@ -6,17 +6,25 @@ from typing import Annotated
 
 import typer
 
+from limbeck import api
+from limbeck.cli.complete import kind_names
+
 
 def ls(
-    kind: Annotated[str | None, typer.Argument(help="recipes, mixers, teachers …; all by default.", show_default=False)] = None,
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="KIND", help="recipes, mixers, teachers …; all by default.", show_default=False, autocompletion=kind_names),
+    ] = None,
 ) -> None:
-    """List recipes and parts, plug-ins included."""
-    from limbeck.config.explain import kinds, known
+    """List recipes and parts, plug-ins included.
 
-    for word in [kind] if kind else kinds():
-        found = known(word)
+    \b
+    limbeck ls recipes
+    limbeck ls mixers
+    """
+    for word, found in api.ls(kind).items():
         if kind is None:
             typer.echo(f"{word}:")
-        width = max((len(name) for name, _ in found), default=0)
-        for name, text in found:
+        width = max(map(len, found), default=0)
+        for name, text in found.items():
             typer.echo(f"{'' if kind else '  '}{name:<{width}}  {text}")

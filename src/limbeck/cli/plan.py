@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 
+from limbeck import api
 from limbeck.cli.arguments import Overrides
+from limbeck.cli.complete import device_names, recipe_names, stage_names
+from limbeck.errors import LimbeckError
 
 DOES_NOT_FIT = 1
 PIPED = 240
@@ -15,9 +19,14 @@ PIPED = 240
 
 
 def plan(
-    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_MODEL", help="A recipe (file or shipped name), a model's folder, config.json or name.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_MODEL", help="A recipe (file or shipped name), a model's folder, config.json or name.", autocompletion=recipe_names
+        ),
+    ],
     overrides: Overrides = None,
-    device: Annotated[str, typer.Option(help="h100, h200, a100, b200, l40s, rtx4090 or cpu.")] = "h100",
+    device: Annotated[str, typer.Option(help="h100, h200, a100, b200, l40s, rtx4090 or cpu.", autocompletion=device_names)] = "h100",
     gpus: Annotated[int, typer.Option(min=1, max=65536, help="How many: ranks of training, GPUs of a served model.")] = 1,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of each, such as 141GB, in place of the table's.", show_default=False)
@@ -37,44 +46,24 @@ def plan(
     config: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FILE", help="config.json of a model that is not known.", show_default=False)
     ] = None,
-    stage: Annotated[str | None, typer.Option(help="One stage alone.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="One stage alone.", show_default=False, autocompletion=stage_names)] = None,
     brief: Annotated[bool, typer.Option("--brief", help="Without the details of each stage.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
-    """Memory, time, wire and disk of a recipe or a model, and whether it fits (exit code 1 if not).  Loads no torch.
+    """Memory, time and disk of a recipe or a model, on paper.
 
-    limbeck plan agentic_lora --device h200 --gpus 8
+    \b
+    limbeck plan my.yaml --device h100
+    limbeck plan agentic_lora --device h200 --gpus 8 --brief
+    limbeck plan Qwen3-Coder-Next --device h100 --gpus 4 --dtype fp8
+
+    Ends with exit code 1 if it does not fit.  Loads no torch.
     """
-    import json
-    from dataclasses import replace
-
-    from limbeck.planner.devices import PlanError, find_device, parse_bytes, parse_count
-    from limbeck.planner.machine import Machine
-    from limbeck.planner.plan import plan_of
-    from limbeck.planner.serving import DTYPES
-
-    if dtype is not None and dtype not in DTYPES:
-        raise PlanError(f"--dtype: no dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
-    chosen = find_device(device, None if memory is None else parse_bytes(memory, "--memory"))
-    if peak is not None:
-        chosen = replace(chosen, bf16=peak * 1e12, fp8=None)
-    if bandwidth is not None:
-        chosen = replace(chosen, bandwidth=bandwidth * 1e12)
-    machine = Machine(
-        chosen,
-        gpus,
-        usable,
-        mfu,
-        tp,
-        ep,
-        dtype,
-        context,
-        sequences,
-        None if tokens is None else parse_count(tokens, "--tokens"),
-        None if teacher_rate is None else parse_count(teacher_rate, "--teacher-rate"),
-        None if disk is None else parse_bytes(disk, "--disk"),
-    )
-    made = plan_of(what, overrides or (), machine, _configs(config or ()), stage)
+    made = api.plan(
+        what, *(overrides or ()), device=device, gpus=gpus, memory=memory, peak=peak, bandwidth=bandwidth, usable=usable, mfu=mfu, tp=tp, ep=ep,
+        dtype=dtype, context=context, sequences=sequences, tokens=tokens, teacher_rate=teacher_rate, disk=disk, config=_configs(config or ()),
+        stage=stage,
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=1, allow_nan=False))
     else:
@@ -91,18 +80,12 @@ def plan(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _configs(words: list[str] | tuple[()]) -> dict[str, Path]:
+def _configs(words: Iterable[str]) -> dict[str, str]:
     """``NAME=FILE`` words."""
-    from limbeck.planner.devices import PlanError
-
     found = {}
     for word in words:
         name, _, file = word.rpartition("=")
         if not name or not file:
-            raise PlanError(f"--config: {word!r} is not NAME=FILE: write the model's name as the recipe has it, and its config.json")
-        path = Path(file).expanduser()
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise PlanError(f"--config: {file}: no such file: give the model's config.json, or the folder that has it")
-        found[name] = path
+            raise LimbeckError(f"--config: {word!r} is not NAME=FILE: write the model's name as the recipe has it, and its config.json")
+        found[name] = file
     return found

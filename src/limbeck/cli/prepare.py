@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from limbeck import api
 from limbeck.cli.arguments import Overrides, RecipeArgument, RunDir
 
 
 def prepare(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None) -> None:
-    """Prepare a recipe's text: no model, no GPU."""
+    """Prepare a recipe's text: no model, no GPU.
+
+    \b
+    limbeck prepare my.yaml
+    limbeck prepare hybrid align.data.sequence=256 --run-dir runs/short
+
+    `limbeck run` with the same run directory finds it there.
+    """
     from limbeck.cli.console import say
-    from limbeck.config.load import load_recipe, recipe_folder
 
-    loaded = load_recipe(recipe, overrides or ())
-    from limbeck.stages.run import prepare_recipe
-
-    say(f"prepared in {prepare_recipe(loaded, recipe_dir=recipe_folder(recipe), run_dir=run_dir, say=say)}")
+    say(f"prepared in {api.prepare(recipe, *(overrides or ()), run_dir=run_dir, say=say)}")

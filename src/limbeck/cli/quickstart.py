@@ -7,14 +7,20 @@ from typing import Annotated
 
 import typer
 
+from limbeck import api
+
 
 def quickstart(
     directory: Annotated[Path, typer.Option(help="Where the run lives.")] = Path("runs/quickstart"),
     train_teacher: Annotated[bool, typer.Option("--train-teacher", help="Train the teacher too, from scratch.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A form of seconds, which shows the machinery and no quality.")] = False,
 ) -> None:
-    """A real distillation on this machine, no downloads."""
-    from limbeck.cli.console import say, terminal
-    from limbeck.stages.quickstart import quickstart as distil
+    """A real distillation on this machine, no downloads.
 
-    distil(directory=directory, train_teacher=train_teacher, quick=quick, say=say, console=terminal())
+    \b
+    limbeck quickstart
+    limbeck quickstart --quick --directory runs/first
+    """
+    from limbeck.cli.console import say, terminal
+
+    api.quickstart(directory, train_teacher=train_teacher, quick=quick, say=say, console=terminal())

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from limbeck.cli.arguments import Overrides, RecipeArgument, RunDir
+from limbeck import api
+from limbeck.cli.arguments import Overrides, RecipeArgument, RunDir, StageOption
 
 
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="Only this stage; its inputs must be done.", show_default=False)] = None,
+    stage: StageOption = None,
     candidate: Annotated[
         int | None,
         typer.Option(help="Only this layer as a candidate of a rank_layers stage, on its own; see `limbeck explain rank_layers`.", show_default=False),
@@ -20,21 +21,21 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Set aside what is there and start anew.")] = False,
     run_dir: RunDir = None,
 ) -> None:
-    """Do what a recipe says and is not done yet."""
+    """Do what a recipe says and is not done yet.
+
+    \b
+    limbeck run my.yaml
+    limbeck run hybrid distil.loop.tokens=200k --run-dir runs/short
+    limbeck run my.yaml --stage evaluate --fresh
+    torchrun --nproc-per-node 8 -m limbeck run my.yaml
+
+    The same command goes on where it stopped.  Ctrl-C saves a checkpoint and ends with exit code 130.
+    """
     from limbeck.cli.console import say, terminal
-    from limbeck.config.load import load_recipe, recipe_folder
 
-    loaded = load_recipe(recipe, overrides or ())
-    from limbeck.stages.native import check_native_teachers
-    from limbeck.stages.run import run_recipe
-
-    here = recipe_folder(recipe)
-    for note in check_native_teachers(loaded, here):
-        say(f"not checked: {note}")
+    changes = overrides or ()
     if candidate is not None:
-        from limbeck.stages.candidate import run_candidate
-
-        run_candidate(loaded, candidate, recipe_dir=here, run_dir=run_dir, stage=stage, say=say)
+        api.run_candidate(recipe, candidate, *changes, run_dir=run_dir, stage=stage, say=say)
         return
-    folder = run_recipe(loaded, recipe_dir=here, run_dir=run_dir, stage=stage, fresh=fresh, say=say, console=terminal())
-    say(f"run in {folder}")
+    done = api.run(recipe, *changes, run_dir=run_dir, stage=stage, fresh=fresh, say=say, console=terminal())
+    say(f"run in {done.path}")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import typer
+
+from limbeck import api
 
 
 def schema() -> None:
-    """Print the JSON schema of a recipe, for editors."""
-    import json
+    """Print the JSON schema of a recipe, for editors.
 
-    from limbeck.config.explain import json_schema
+    \b
+    limbeck schema > recipe.schema.json
 
-    typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+    An editor with YAML support then completes and checks a recipe whose first line is
+    `# yaml-language-server: $schema=recipe.schema.json`.
+    """
+    typer.echo(json.dumps(api.schema(), indent=1, ensure_ascii=False))

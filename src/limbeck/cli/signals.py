@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from limbeck import api
+from limbeck.errors import TeacherError
+
 
 def signals(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of signals, such as RUN/STAGE/signals.")],
@@ -21,16 +24,17 @@ def signals(
 ) -> None:
     """Show, verify, import or export stored signals.
 
-    limbeck signals runs/NAME/capture/signals --verify
+    \b
+    limbeck signals runs/logit_kd_stored/capture/signals --verify
+    limbeck signals here --from-distillkit there --teacher Qwen/Qwen3-8B
     """
     from limbeck.cli.console import say
-    from limbeck.errors import TeacherError
-    from limbeck.teachers.store.distillkit import export_parquet, import_parquet
-    from limbeck.teachers.store.store import SignalStore
 
     if from_distillkit is not None:
+        from limbeck.teachers.store.distillkit import import_parquet
+
         import_parquet(from_distillkit, folder, teacher={"model": teacher}).close()
-    store = SignalStore(folder)
+    store = api.signals(folder)
     held = store.identity
     say(f"{store.num_documents:,} documents, {store.num_rows:,} positions, {store.num_bytes / 1e6:.1f} MB")
     say(f"k {held.k}, temperatures {', '.join(f'{t:g}' for t in held.temperatures)}, samples {held.samples}, codec {held.codec}")
@@ -41,4 +45,6 @@ def signals(
             raise TeacherError("\n".join(damaged))
         say("every byte is as it was written")
     if to_distillkit is not None:
+        from limbeck.teachers.store.distillkit import export_parquet
+
         say(f"{export_parquet(store, to_distillkit):,} documents written to {to_distillkit}")

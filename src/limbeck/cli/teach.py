@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from limbeck.errors import LimbeckError, RunError
-
-TOKEN = "LIMBECK_TEACH_TOKEN"
+from limbeck import api
 
 
 def teach(
@@ -34,7 +30,7 @@ def teach(
     grace: Annotated[float, typer.Option(min=1, help="Seconds for what runs when the server is told to stop.")] = 30,
     log_every: Annotated[int, typer.Option(min=0, help="One line on stderr after so many requests; 0 for none.")] = 0,
 ) -> None:
-    """Serve a model's top-k logits and partition sums, for `teacher: {kind: http}` in a recipe elsewhere.
+    """Serve a teacher's signals over HTTP.
 
     \b
     limbeck teach builtin:code-2m
@@ -44,57 +40,15 @@ def teach(
     curl http://127.0.0.1:8100/v1/topk -d '{"sequences": [[5, 6, 7]], "positions": [[0, 1]], "top_k": 4, "temperatures": [1, 2]}'
     curl http://127.0.0.1:8100/v1/completions -d '{"input_ids": [[5, 6, 7]], "return_logits": true, "top_k": 4}'
 
-    The one line on stdout says where it listens.  With LIMBECK_TEACH_TOKEN in the environment every request but GET / must carry
-    that bearer token.  SIGTERM and Ctrl-C end it when what runs is answered, with exit code 0.
+    They are top-k logits and partition sums, for `teacher: {kind: http}` in a recipe elsewhere.  The one line on stdout says where it
+    listens.  With LIMBECK_TEACH_TOKEN in the environment every request but GET / must carry that bearer token.  SIGTERM and Ctrl-C end it
+    when what runs is answered, with exit code 0.
     """
-    absent = [name for name in ("starlette", "uvicorn", "zstandard") if find_spec(name) is None]
-    if absent:
-        raise LimbeckError(f"`limbeck teach` needs {', '.join(absent)}: pip install 'limbeck[serve]'")
-    from limbeck.serve.gate import check_token
-    from limbeck.serve.process import bind, refuse_strangers, run, url_of
-
-    token = check_token(os.environ.get(TOKEN), TOKEN)
-    sock = bind(host, port)
-    refuse_strangers(sock, token, TOKEN)
-
-    import torch
-
-    from limbeck.models.loading import resolve_source
-    from limbeck.serve.teacher import TeacherService, model_name
-    from limbeck.teachers.scoring import Scorer
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    folder = Path(model) / "model"
-    source = resolve_source(str(folder) if folder.is_dir() else model)
-    scorer = Scorer(source, dtype=dtype, attention=attention, revision=revision)
-    scorer.load(device_of(device))
-    name = model if model.startswith("builtin:") else model_name(source)
-    service = TeacherService(
-        scorer, name, max_top_k=max_top_k, max_tokens=max_tokens, max_values=max_values, queue=queue, token=token,
-        log_every=log_every, say=lambda line: typer.echo(f"limbeck teach: {line}", err=True),
+    server = api.teaching(
+        model, host=host, port=port, dtype=dtype, device=device, attention=attention, revision=revision, max_top_k=max_top_k, max_tokens=max_tokens,
+        max_values=max_values, queue=queue, threads=threads, grace=grace, log_every=log_every,
+        say=lambda line: typer.echo(f"limbeck teach: {line}", err=True),
     )  # fmt: skip
-    typer.echo(
-        f"limbeck teach: {name} in {dtype} on {scorer.model.device}, vocabulary {service.vocabulary}, digest {service.digest}", err=True
-    )
-
-    def announce() -> None:
-        print(f"limbeck teach: {url_of(sock)}", flush=True)
-
-    run(service.app, sock, announce=announce, stopping=service.worker.close, grace=grace)
-    if not service.worker.join(1):
+    if not server.forever(lambda: print(f"limbeck teach: {server.url}", flush=True)):
         # A forward that outlasts the grace time has nobody to answer any more, and Python's own end would crash under it.
         os._exit(0)
-
-
-def device_of(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name)
-        torch.empty(0, device=kind)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
-    return str(kind)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -43,6 +45,11 @@ class Recipe(Options):
     """Python modules (or .py files beside the recipe) that register parts of their own."""
     stages: dict[str, Annotated[Any, PartOf(STAGES, "train")]] = Field(min_length=1)
     """Stages by name; each may name earlier ones by `from`."""
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where its relative paths start: its file's folder (set by `load_recipe`), the working directory for any other.  No part of its value."""
+        return Path.cwd()
 
     @field_validator("name")
     @classmethod

@@ -23,8 +23,15 @@ from limbeck.planner.training import resolve, train_part
 from limbeck.planner.verdict import smallest_change
 
 
-def plan_of(what: str, overrides: Sequence[str], machine: Machine, given: Mapping[str, Path] | None = None, stage: str | None = None) -> Plan:
-    """The plan of a recipe (a file, or a shipped one's name) or of a model (a folder, a config.json, a name)."""
+def plan_of(
+    what: str | Recipe, overrides: Sequence[str], machine: Machine, given: Mapping[str, Path] | None = None, stage: str | None = None
+) -> Plan:
+    """The plan of a recipe (loaded, a file, or a shipped one's name) or of a model (a folder, a config.json, a name).
+
+    Overrides are for a recipe that is still to be loaded.
+    """
+    if isinstance(what, Recipe):
+        return recipe_plan(what, Models(what.folder, given), machine, stage)
     if not is_model(what, given):
         recipe = load_recipe(what, overrides)
         return recipe_plan(recipe, Models(recipe_folder(what), given), machine, stage)

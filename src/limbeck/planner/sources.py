@@ -102,6 +102,15 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def config_file(path: Path) -> Path:
+    """A model's config.json, or that of its folder.  Raises :class:`PlanError` where there is none."""
+    expanded = path.expanduser()
+    file = expanded / "config.json" if expanded.is_dir() else expanded
+    if not file.is_file():
+        raise PlanError(f"--config: {path}: no such file: give the model's config.json, or the folder that has it")
+    return file
+
+
 def _by_short_name(source: str) -> dict[str, Any] | None:
     """A model of the table without its organisation."""
     return next((values for name, values in table().items() if name.split("/")[1].lower() == source.lower()), None)

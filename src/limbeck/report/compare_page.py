@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import RunError
+from limbeck.errors import RunError, did_you_mean
 from limbeck.evaluation.table import percent
 from limbeck.files import write_atomically
 from limbeck.report.compare import Comparison, data_of, seed_of
@@ -21,6 +21,16 @@ from limbeck.report.svg import Series, legend, line_chart, log_is_useful, number
 AXES = ("tokens", "steps")
 COLOURS = ("teacher", "student", "third", "fourth", "ink", "soft")
 START = "<!doctype html>"
+
+
+def check_axis(by: str) -> None:
+    """Refuse what curves cannot run over.
+
+    Raises:
+        RunError: neither tokens nor steps.
+    """
+    if by not in AXES:
+        raise RunError(f"--by {by}: curves run over no such thing{did_you_mean(by, AXES) or ';'} allowed: {', '.join(AXES)}")
 
 
 def write_comparison(comparison: Comparison, path: Path, *, axis: str = "tokens") -> Path:

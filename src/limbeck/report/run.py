@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.engine.metrics import read_metrics
-from limbeck.errors import CheckpointError
+from limbeck.errors import CheckpointError, did_you_mean
 from limbeck.evaluation.table import contexts, percent, point, recall_points, size
 from limbeck.evaluation.table import tokens as token_count
 from limbeck.files import inside
@@ -75,6 +75,19 @@ class Run:
     def stage(self, name: str) -> Stage | None:
         """A stage by its name."""
         return next((stage for stage in self.stages if stage.name == name), None)
+
+    def __getitem__(self, name: str) -> Stage:
+        """A stage that was started, by its name; :class:`~limbeck.errors.CheckpointError` names those that were."""
+        stage = self.stage(name)
+        if stage is None:
+            started = [stage.name for stage in self.stages]
+            hint = did_you_mean(name, started) or ";"
+            raise CheckpointError(f"{self.path}: no stage {name!r} was started in this run{hint} there are: {', '.join(started) or 'none'}")
+        return stage
+
+    def __fspath__(self) -> str:
+        """The run's folder: a run may be given wherever its path may."""
+        return str(self.path)
 
 
 def read_run(path: Path) -> Run:

@@ -23,6 +23,8 @@ KEEP_ALIVE = 75
 """Seconds for which an idle connection stays open: longer than a training step, so that clients find theirs open."""
 HEAD_SECONDS = 60.0
 """Until the head of a request must have arrived."""
+_CLOSING = 5.0
+"""Seconds beyond the grace time for a server in a thread to come to its end."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -124,27 +126,71 @@ def server(app: ASGIApp, *, stopping: Callable[[], None], grace: float) -> Serve
     )
 
 
-def run(app: ASGIApp, sock: socket.socket, *, announce: Callable[[], None], stopping: Callable[[], None], grace: float) -> None:
-    """Serve until SIGTERM or SIGINT, then return; ``announce`` is called when connections are taken."""
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    it = server(app, stopping=stopping, grace=grace)
+class Served:
+    """A loaded model behind a bound address, ``url``, at which nobody listens yet.
 
-    def stop(_: int, __: FrameType | None) -> None:
-        it.should_exit = True
+    As a context manager it listens in a thread of this process and ends with the block; :meth:`forever` listens in this thread until
+    SIGTERM or Ctrl-C.  Either way what runs is answered within ``grace`` seconds, and the address is free afterwards.
+    """
 
-    # uvicorn puts these back when it is done and raises the signal again, which must then do nothing.
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    def __init__(
+        self, app: ASGIApp, sock: socket.socket, *, name: str, stopping: Callable[[], None], release: Callable[[float], bool], grace: float
+    ):
+        """``name`` is what the model is called.  ``stopping`` is called when no more connections are taken, ``release`` (seconds to wait) lets go
+        of the model at the end and says whether all that ran has ended."""
+        self.name, self.url = name, url_of(sock)
+        self._sock, self._release = sock, release
+        self._server = server(app, stopping=stopping, grace=grace)
+        self._grace = grace
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Served:
+        """Listen; connections are taken when this returns."""
         try:
-            sock.listen(BACKLOG)
+            self._listen()
+        except BaseException:
+            self.close()
+            raise
+        # uvicorn takes signals over in the main thread alone.
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._sock]}, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._thread is not None
+        self._server.should_exit = True
+        self._thread.join(self._grace + _CLOSING)
+        self.close()
+
+    def forever(self, announce: Callable[[], None] = lambda: None) -> bool:
+        """Serve until SIGTERM or SIGINT, then return whether all that ran has ended; ``announce`` is called when connections are taken."""
+
+        def stop(_: int, __: FrameType | None) -> None:
+            self._server.should_exit = True
+
+        # uvicorn puts these back when it is done and raises the signal again, which must then do nothing.
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._listen()
+            announce()
+            self._server.run(sockets=[self._sock])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            ended = self.close()
+        return ended
+
+    def close(self) -> bool:
+        """Give the address back and let go of the model; False if something of it still runs after a second."""
+        self._sock.close()
+        return self._release(1)
+
+    def _listen(self) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        try:
+            self._sock.listen(BACKLOG)
         except OSError as error:
             # Two that are started together may both have bound it.
-            raise _taken(url_of(sock), error) from error
-        announce()
-        it.run(sockets=[sock])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        sock.close()
+            raise _taken(self.url, error) from error

@@ -1,0 +1,34 @@
+from limbeck.api import DistillTernary as DistillTernary
+from limbeck.api import Job as Job
+from limbeck.api import check as check
+from limbeck.api import compare as compare
+from limbeck.api import continuations as continuations
+from limbeck.api import doctor as doctor
+from limbeck.api import evaluate as evaluate
+from limbeck.api import evaluate_tasks as evaluate_tasks
+from limbeck.api import explain as explain
+from limbeck.api import export_model as export_model
+from limbeck.api import from_seed as from_seed
+from limbeck.api import generate as generate
+from limbeck.api import lm_eval as lm_eval
+from limbeck.api import load as load
+from limbeck.api import ls as ls
+from limbeck.api import merge_adapters as merge_adapters
+from limbeck.api import plan as plan
+from limbeck.api import prepare as prepare
+from limbeck.api import quickstart as quickstart
+from limbeck.api import read_run as read_run
+from limbeck.api import retrieve_adapters as retrieve_adapters
+from limbeck.api import run as run
+from limbeck.api import run_candidate as run_candidate
+from limbeck.api import schema as schema
+from limbeck.api import serving as serving
+from limbeck.api import show_adapters as show_adapters
+from limbeck.api import signals as signals
+from limbeck.api import slurm_script as slurm_script
+from limbeck.api import teaching as teaching
+from limbeck.api import template as template
+from limbeck.api import try_teacher as try_teacher
+from limbeck.api import write_report as write_report
+
+__version__: str

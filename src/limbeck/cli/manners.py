@@ -1,0 +1,100 @@
+"""How the command line looks and ends: help texts, and what a person sees when something is wrong."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from limbeck.errors import LimbeckError
+from limbeck.interrupts import interruptible
+
+USER_ERROR = 2
+INTERRUPTED = 130
+_PATIENCE = 20.0
+"""Seconds for leaving a process group: a peer that died must not hold this process."""
+SECTIONS = {
+    "A recipe": ("init", "check", "plan", "prepare", "run"),
+    "What a run left": ("report", "compare", "evaluate", "generate", "export", "serve"),
+    "Teachers": ("teach", "signals"),
+    "Front ends and parts by hand": ("quickstart", "distill-ternary", "adapters", "lm_eval"),
+    "Looking things up": ("ls", "explain", "schema", "doctor"),
+}
+"""How the verbs stand in the root's help."""
+_TYPES = {"str": "TEXT", "int": "N", "float": "X", "path": "PATH", "file": "FILE", "dir": "FOLDER"}
+
+
+class Verb(TyperCommand):
+    """A verb whose help says ``RECIPE [KEY=VALUE]...`` and ``--port N``."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Words of the usage line: braces say nothing that brackets do not."""
+        return [re.sub(r"^\{(.*)\}(\.\.\.)?$", r"\1\2", piece) for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments and options, each with a word for what it takes."""
+        rows: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                argument = param.param_type_name == "argument"
+                name = re.sub(r" <[^<>]*>$", "", record[0]) if argument else re.sub(r"<([^<>]*)>", _type, record[0])
+                rows["Arguments" if argument else "Options"].append((name, record[1]))
+        for title, records in rows.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def _type(found: re.Match[str]) -> str:
+    word = found[1].removeprefix("list[").removesuffix("]").removesuffix(" range")
+    return _TYPES.get(word, word)
+
+
+class Verbs(TyperGroup):
+    """The application: help in sections, and errors meant for people as their message and an exit code; anything else is a bug and keeps its
+    traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with interruptible(), group_left():
+                return super().invoke(ctx)
+        except LimbeckError as error:
+            typer.echo(f"limbeck: {error}" if "\n" not in str(error) else f"limbeck:\n{error}", err=True)
+            raise typer.Exit(USER_ERROR) from error
+        except KeyboardInterrupt as error:
+            typer.echo("\nlimbeck: interrupted; the same command goes on where it stopped", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The verbs, by what they are for."""
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(200)) for name in names])
+
+
+@contextmanager
+def group_left() -> Iterator[None]:
+    """Leave the process group that a verb has joined, after the verb has written down how it ended."""
+    before = _group()
+    try:
+        yield
+    finally:
+        group = _group()
+        if group is not None and before is None:
+            leaving = threading.Thread(target=group.destroy_process_group, daemon=True)
+            leaving.start()
+            leaving.join(_PATIENCE)
+
+
+def _group() -> Any:
+    """torch.distributed, if somebody has imported it and joined a group."""
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if joined else None
