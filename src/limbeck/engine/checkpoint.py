@@ -157,8 +157,9 @@ class Checkpoints:
         keep_every: int | None = None,
         say: Callable[[str], None],
         note: Callable[[str], None] | None = None,
+        saved: Callable[[int], None] | None = None,
     ):
-        """``say`` takes what must be read, ``note`` what is only for the log.
+        """``say`` takes what must be read, ``note`` what is only for the log, ``saved`` the step of each checkpoint that is there.
 
         ``keep_last`` 0 keeps all; a multiple of ``keep_every`` steps is kept beside the last ones.
         """
@@ -170,6 +171,7 @@ class Checkpoints:
         self._stager: DefaultStager | None = None
         self.say = say
         self.note = note or (lambda text: None)
+        self.saved = saved or (lambda step: None)
         self._warned = 0
         if world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -292,6 +294,7 @@ class Checkpoints:
         if self.world.rank == 0:
             size = sum(path.stat().st_size for path in _files(target))
             self.note(f"  -> checkpoint saved to {target} ({space(size)})")
+            self.saved(step)
             self._prune()
         self.world.barrier()
 

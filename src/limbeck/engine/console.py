@@ -1,86 +1,109 @@
-"""What a run says while it works: one live line on a terminal, one plain line a logged step elsewhere, and ``training.log``."""
+"""What a run says while it works: a live view on a terminal or in a notebook, one plain line a logged step elsewhere, and ``training.log``."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from rich.console import Console, Group
+
+from limbeck.engine.frame import PAUSE, WAITING, count_frame, describe, duration, frame, quantity, short_line, until
+from limbeck.engine.metrics import read_metrics
+from limbeck.engine.screen import View, live_view, put
+
+__all__ = ["WAITING", "Counter", "Progress", "describe", "duration", "frame", "quantity", "short_line"]
+
+BURST = 100
+"""Lines of logged steps that are printed as they come."""
+LINE_EVERY = 10.0
+"""Seconds for each line after these, on average."""
+SPOKEN = 15.0
+"""Seconds between two lines about what is no training."""
+REMEMBERED = 400
+"""Rows that the curve of the loss is drawn from."""
 
 
-def duration(seconds: float) -> str:
-    """``1h02m``, ``3m20s``, ``45s``."""
-    whole = max(0, round(seconds))
-    hours, minutes = divmod(whole // 60, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+class Pace:
+    """Lets :data:`BURST` lines through, and one more for every :data:`LINE_EVERY` seconds: a log that a person can read."""
 
+    def __init__(self) -> None:
+        self._left, self._at = float(BURST), time.monotonic()
+        self.held = False
+        """Whether a line was kept back already."""
 
-def quantity(value: float) -> str:
-    """``950``, ``12.3k``, ``4.56M``."""
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def describe(row: Mapping[str, Any], num_steps: int) -> str:
-    """One line for a metrics row; the most useful words first, so that a narrow terminal cuts the rest."""
-    parts = [f"step {row['step']}/{num_steps}", f"loss {row['loss']:.4f}"]
-    parts += [f"{name} {row[name]:.4f}" for name in ("kl", "ce", "agreement") if isinstance(row.get(name), float)]
-    waited = row.get("teacher_share", 0.0)
-    parts += [f"waits {100 * waited:.0f}%"] if waited > 0.01 else []
-    parts += [f"eta {duration(row['eta_seconds'])}", f"{quantity(row['tokens_per_second'])} tok/s"]
-    parts += [f"|g| {row['grad_norm']:.3g}", f"{row['memory_bytes'] / 1e9:.2f} GB"]
-    return "  ".join(parts)
-
-
-def short_line(row: Mapping[str, Any], num_steps: int, elapsed: float) -> str:
-    """``[  1000/ 100000] loss=2.34 lr=0.020 gnorm=1.2 tok/s=8500 elapsed=2000s``; the rate is the highest of the groups."""
-    rate = max((value for name, value in row.items() if name.startswith("lr/")), default=0.0)
-    shown = f"{rate:.3f}" if rate == 0 or rate >= 1e-3 else f"{rate:.2e}"
-    head = f"[{row['step']:6d}/{num_steps:7d}] loss={row['loss']:.2f} lr={shown} gnorm={row['grad_norm']:.1f}"
-    return f"{head} tok/s={row['tokens_per_second']:.0f} elapsed={elapsed:.0f}s"
+    def lets(self) -> bool:
+        """Whether there is room for one more line now, which is then taken."""
+        now = time.monotonic()
+        self._left, self._at = min(BURST, self._left + (now - self._at) / LINE_EVERY), now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
 
 class Progress:
-    """A run's voice.  ``console=None`` is silent (ranks other than 0, and tests); ``log`` is a file that everything is added to.
+    """A training run's voice.  ``console=None`` is silent (ranks other than 0, and tests); ``log`` is a file that everything is added to.
 
-    ``short`` says on the console what the file holds.
+    ``short`` says on the console what the file holds.  ``place`` is where the stage stands in the recipe, for the live view.
     """
 
-    def __init__(self, console: Console | None, title: str, num_steps: int, *, log: Path | None = None, short: bool = False):
+    def __init__(
+        self, console: Console | None, title: str, num_steps: int, *, place: str = "", log: Path | None = None, short: bool = False
+    ):
         self.console = console
         self.title = title
         self.num_steps = num_steps
+        self.place = place
         self.short = short
         self._path = log
         self._log: TextIO | None = None
         self._began = time.monotonic()
-        self._live: Live | None = None
+        self._view: View | None = None
+        self._pace = Pace()
+        self._rows: list[Mapping[str, Any]] = []
+        self._step = 0
+        self._doing, self._since = "", self._began
+        self._saved: tuple[int, float] | None = None
+        self._stopped: Callable[[], str | None] = lambda: None
 
-    def start(self) -> None:
-        """Begin the live line, if this is a terminal."""
-        self._began = time.monotonic()
-        if self.console is not None and self.console.is_terminal and not self.short:
-            self._live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True)
-            self._live.start()
+    def start(self, metrics: Path | None = None, stopped: Callable[[], str | None] = lambda: None) -> None:
+        """Begin the live view, if there is a place for one.
+
+        ``metrics`` is the file of a run that goes on; ``stopped`` tells the signal that ends it after this step, if one came.
+        """
+        self._stopped = stopped
+        self._began = self._since = time.monotonic()
+        if self.console is None or self.short:
+            return
+        self._view = live_view(self.console, self._frame)
+        if self._view is not None:
+            for row in read_metrics(metrics) if metrics else ():
+                self._remember(row)
+            self._view.start()
+
+    def doing(self, what: str, step: int | None = None) -> None:
+        """What begins now, in place of or before an ordinary step (no words), and how many steps are done.  Costs nothing."""
+        self._doing, self._since = what, time.monotonic()
+        self._step = self._step if step is None else step
+
+    def saved(self, step: int, at: float | None = None) -> None:
+        """A checkpoint of this step is there, since the Unix time ``at``."""
+        self._saved = step, time.time() if at is None else at
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show a logged step."""
         line = short_line(row, self.num_steps, time.monotonic() - self._began)
         self._write(line)
-        if not self.short:
-            line = f"{self.title}  {describe(row, self.num_steps)}"
-        if self._live is not None:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
-        else:
-            self._print(line)
+        self._remember(row)
+        if self._view is not None:
+            return
+        if self._pace.lets() or row["step"] == self.num_steps:
+            self._print(line if self.short else f"{self.title}  {describe(row, self.num_steps)}")
+        elif not self._pace.held:
+            self._pace.held = True
+            self._print(f"(a line in {LINE_EVERY:g} s from here on; metrics.jsonl has every logged step)")
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -93,9 +116,40 @@ class Progress:
         if self.short:
             self._print(text)
 
+    def close(self) -> None:
+        """End the live view, of which the last numbers stay, and the file."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self._view is not None:
+            self._view.stop()
+            self._view = None
+            if self._rows:
+                self._print(f"{self.title}  {describe(self._rows[-1], self.num_steps)}")
+
+    def _remember(self, row: Mapping[str, Any]) -> None:
+        if "loss" not in row:
+            return
+        rows = [*self._rows, row]
+        # Over a long run the curve needs its shape, not its every point.
+        self._rows = rows if len(rows) <= REMEMBERED else [*rows[:-1:2], row]
+        self._step = max(self._step, row["step"])
+
+    def _frame(self, width: int, height: int, ascii_only: bool) -> Group:
+        now, clock = time.monotonic(), time.time()
+        doing, seconds = self._doing, now - self._since
+        if signal := self._stopped():
+            # A person who sees nothing happen presses Ctrl-C again, which ends the process where it stands.
+            doing, seconds = f"{signal}: stops after this step and saves it,", max(PAUSE, seconds)
+        return frame(
+            self._rows, title=self.title, num_steps=self.num_steps, place=self.place, step=self._step, doing=doing,
+            doing_seconds=seconds, elapsed=now - self._began, saved=self._saved and (self._saved[0], clock - self._saved[1]),
+            now=clock, width=width, height=height, ascii_only=ascii_only,
+        )  # fmt: skip
+
     def _print(self, text: str) -> None:
         if self.console is not None:
-            self.console.print(Text(text), soft_wrap=True)
+            put(self.console, text)
 
     def _write(self, text: str) -> None:
         if self._path is None:
@@ -110,11 +164,60 @@ class Progress:
             self._path = None
             self._print(f"WARNING: training.log is not written any more ({error})")
 
-    def close(self) -> None:
-        """End the live line and the file."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+
+class Counter:
+    """How far something long is that is not training: a bar where there is a place for a live view, else a line now and then.
+
+    ``total`` of ``unit`` are to be done, None where nobody knows; lines go through ``say``.
+    """
+
+    def __init__(
+        self, say: Callable[[str], object], console: Console | None, title: str, *, unit: str, total: int | None = None, place: str = ""
+    ):
+        self._say, self._console = say, console
+        self._title, self._unit, self._total, self._place = title, unit, total, place
+        self._done = self._worked = 0
+        self._facts = ""
+        self._began = self._spoken = time.monotonic()
+        self._view: View | None = None
+
+    def __enter__(self) -> Counter:
+        self._began = self._spoken = time.monotonic()
+        self._view = live_view(self._console, self._frame) if self._console is not None else None
+        if self._view is not None:
+            self._view.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._view is not None:
+            self._view.stop()
+            self._view = None
+
+    @property
+    def rate(self) -> float:
+        """Units a second, without those that were done before."""
+        return self._worked / max(time.monotonic() - self._began, 1e-9)
+
+    def add(self, amount: int = 1, *, before: bool = False, facts: str = "") -> None:
+        """So many more are done; ``before`` if they were already, and took no time.  ``facts`` are shown beside the rate."""
+        self._done += amount
+        self._worked += 0 if before else amount
+        self._facts = facts
+        now = time.monotonic()
+        if self._view is None and now - self._spoken >= SPOKEN:
+            self._spoken = now
+            self._say("  " + "  ".join(word for word in self._words() if word))
+
+    def _words(self) -> list[str]:
+        done, total, rate = self._done, self._total, self.rate
+        share = f"{min(1.0, done / max(1, total)):.0%}" if total is not None else ""
+        of = quantity(done) if total is None else f"{quantity(done)}/{quantity(total)}"
+        left = "" if total is None or not rate or done >= total else f"left {until((total - done) / rate, time.time())}"
+        return [share, f"{of} {self._unit}", left, f"{quantity(rate)} {self._unit}/s" if rate else "", self._facts]
+
+    def _frame(self, width: int, height: int, ascii_only: bool) -> Group:
+        share = None if self._total is None else self._done / max(1, self._total)
+        return count_frame(
+            title=self._title, words=self._words(), share=share, place=self._place, elapsed=time.monotonic() - self._began,
+            width=width, height=height, ascii_only=ascii_only,
+        )  # fmt: skip

@@ -20,7 +20,7 @@ from limbeck.engine.ahead import StepQueue, Upcoming
 from limbeck.engine.batches import Rows, StepLoader, num_steps, padding_like
 from limbeck.engine.canary import Canary, changed
 from limbeck.engine.checkpoint import Checkpoints, Loaded, NoSpace
-from limbeck.engine.console import Progress, quantity
+from limbeck.engine.console import WAITING, Progress, quantity
 from limbeck.engine.determinism import derive_seed, deterministic, seed_everything
 from limbeck.engine.gates import check_gate
 from limbeck.engine.lock import RunLock
@@ -38,8 +38,6 @@ from limbeck.errors import LimbeckError, RunError, TeacherError
 from limbeck.files import write_atomically
 from limbeck.types import Batch, Signal
 
-WAITING = 0.2
-"""Share of the time spent waiting for the teacher above which the run says so."""
 LAST_SAVE = 60.0
 """Seconds that a run which ends by an error waits for the save in the background."""
 MAX_SKIPS = 10
@@ -99,6 +97,7 @@ class Trainer:
         validation_rows: Rows | None = None,
         console: Console | None = None,
         title: str = "train",
+        place: str = "",
         identity: Mapping[str, str] | None = None,
         checkpoints: Path | None = None,
         beside_final: Callable[[Path], None] | None = None,
@@ -117,8 +116,9 @@ class Trainer:
         self.total = num_steps(loop, loader)
         first = self.world.rank == 0
         self.voice = Progress(
-            console if first else None, title, self.total, log=folder / "training.log" if first else None, short=loop.log_form == "short"
-        )
+            console if first else None, title, self.total, place=place,
+            log=folder / "training.log" if first else None, short=loop.log_form == "short",
+        )  # fmt: skip
         self.checkpoint_folder = checkpoints or folder / "checkpoints"
         self.beside_final = beside_final
         self.trackers = trackers
@@ -208,6 +208,7 @@ class Trainer:
             keep_every=self.options.keep_every,
             say=self.voice.say,
             note=self.voice.note,
+            saved=self.voice.saved,
         )
         self._announce(exact)
         self.exact = exact
@@ -218,7 +219,7 @@ class Trainer:
             self.trackers.say = self.voice.say
         writer = MetricsWriter(self.folder / "metrics.jsonl", self.at.step, self.trackers) if self.world.rank == 0 else None
         try:
-            self.voice.start()
+            self.voice.start(self.folder / "metrics.jsonl", lambda: stop.reason)
             preempted = self._loop(stop, writer)
         finally:
             with suppress(Exception):
@@ -277,6 +278,7 @@ class Trainer:
             )
         self.checkpoints.load_rng(loaded, self.seed)
         self.voice.say(f"resumed at step {loaded.step} from {loaded.path.name}")
+        self.voice.saved(loaded.step, loaded.path.stat().st_mtime)
 
     def _check_canary(self, loaded: Loaded) -> None:
         """Refuse weights that give other numbers than they did when they were saved."""
@@ -360,11 +362,13 @@ class Trainer:
         parts: list[tuple[Batch, Signal | None]] = []
         failure: LimbeckError | None = None
         asked = time.perf_counter()
+        self.voice.doing("waiting for the teacher", self.at.step)
         try:
             parts = upcoming.answers(lambda: stop.reason is not None) or []
         except TeacherError as error:
             failure = error
         self.window.teacher_seconds += time.perf_counter() - asked
+        self.voice.doing("")
         counts = [0] * len(self.train_step.objectives)
         if parts:
             counts = torch.stack([self.train_step.counts(part) for part, _ in parts]).sum(0).tolist()
@@ -461,14 +465,7 @@ class Trainer:
 
     def _nonfinite(self, norm: float) -> None:
         """Name the tensor, then skip or stop by policy.  The norm is global, so every rank comes here."""
-        where = "the sum over all of them"
-        for parameter, name in self.names.items():
-            grad = parameter.grad
-            local = getattr(grad, "to_local", lambda grad=grad: grad)()
-            if local is not None and not bool(torch.isfinite(local).all()):
-                where = name
-                break
-        text = f"step {self.at.step + 1}: the gradient is not finite (norm {norm}); first in {where}"
+        text = f"step {self.at.step + 1}: the gradient is not finite (norm {norm}); first in {optim.first_nonfinite(self.names)}"
         self.at.skips += 1
         if self.options.on_nonfinite == "stop":
             raise RunError(f"{text}.  The last checkpoint is intact; lower the learning rate, or set loop.on_nonfinite: skip")
@@ -528,6 +525,7 @@ class Trainer:
         rows, options = self.validation_rows, self.options
         assert rows is not None
         began = time.perf_counter()
+        self.voice.doing("measuring held-out rows")
         size = self.microbatch or max(1, min(options.validate_rows, self.loader.rows_per_step) // self.world.size)
         try:
             values = validate(
@@ -559,6 +557,7 @@ class Trainer:
     def _save(self, position: dict[str, int], *, final: bool = False, required: bool = False) -> None:
         """Save; without space the run goes on with what was there, unless nothing comes after this."""
         began = time.perf_counter()
+        self.voice.doing("saving a checkpoint", self.at.step)
         self._finish_save()
         canary = self.canary and {"score": self.canary.score(self.train_step, self.at.step), "conditions": self.canary.conditions(self.exact)}
         state = {

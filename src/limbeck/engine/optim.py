@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,16 @@ def flat_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str])
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
+
+
+def first_nonfinite(names: Mapping[nn.Parameter, str]) -> str:
+    """The first parameter with a gradient on this rank that is not finite; if each is, only their sum is not."""
+    for parameter, name in names.items():
+        grad = parameter.grad
+        local = getattr(grad, "to_local", lambda grad=grad: grad)()
+        if local is not None and not bool(torch.isfinite(local).all()):
+            return name
+    return "the sum over all of them"
 
 
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

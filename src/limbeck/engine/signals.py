@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -34,7 +33,9 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
-            if sys.stderr.isatty():
-                os.write(2, b"\x1b[?25h\n")  # a live line may have hidden the cursor
+            for descriptor in (1, 2):
+                if os.isatty(descriptor):
+                    os.write(descriptor, b"\x1b[?25h\n")  # a live view may have hidden the cursor
+                    break
             os._exit(130)
         self.reason = signal.Signals(number).name

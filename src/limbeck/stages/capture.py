@@ -6,7 +6,6 @@ was killed and goes on leaves the same bytes as one that was not.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -17,7 +16,7 @@ import torch
 from limbeck.config.parts.stages import CaptureStageOptions
 from limbeck.data.conditions.rows import ConditionRows
 from limbeck.data.dataset import TokenRows
-from limbeck.engine.console import duration, quantity
+from limbeck.engine.console import quantity
 from limbeck.errors import TeacherError
 from limbeck.models.loading import load_tokenizer
 from limbeck.needs import TopK
@@ -35,8 +34,6 @@ ROWS = 16
 """Rows that are cut into documents at one time."""
 REQUESTS = 64
 """Documents that a served teacher is asked about at one time, each in a request of its own."""
-SPOKEN = 15.0
-"""Seconds between lines of progress."""
 
 
 class CaptureStage:
@@ -88,26 +85,27 @@ class CaptureStage:
             if store.lost:
                 context.say(f"  going on after a kill: {store.lost} bytes of a half-written block were cut off")
             total = sum(side.num_tokens for side in sides) // context.world.size
-            progress = _Progress(context, store, total)
             groups = islice(grouped(unique(documents(sides)), options.batch_tokens), context.world.rank, None, context.world.size)
             unanswered = 0
-            for asks, answers in _answered(teacher, groups, need, store, alone=options.batch_tokens is None):
-                for ask, rows in zip(asks, answers or [None] * len(asks), strict=True):
-                    if rows is not None:
-                        store.put(ask, rows)
-                unanswered += sum(rows is None for rows in answers)
-                progress.add(asks, scored=bool(answers))
+            with context.counting("tokens", total) as counter:
+                for asks, answers in _answered(teacher, groups, need, store, alone=options.batch_tokens is None):
+                    for ask, rows in zip(asks, answers or [None] * len(asks), strict=True):
+                        if rows is not None:
+                            store.put(ask, rows)
+                    unanswered += sum(rows is None for rows in answers)
+                    counter.add(sum(len(ask.ids) for ask in asks), before=not answers, facts=f"{store.num_bytes / 1e6:.1f} MB")
+                rate = counter.rate
             if unanswered:
                 raise TeacherError(f"the teacher left {unanswered} documents unanswered: run again to ask about these, or set teacher.on_failure to wait")
             store.finish()
             context.world.barrier()
             context.once(store.complete)
             store.refresh()
-            self._sum_up(store, progress)
+            self._sum_up(store, rate)
         finally:
             store.close()
 
-    def _sum_up(self, store: SignalStore, progress: _Progress) -> None:
+    def _sum_up(self, store: SignalStore, rate: float) -> None:
         each = store.num_bytes / max(store.num_rows, 1)
         self.context.facts["result"] = {
             "documents": store.num_documents,
@@ -117,7 +115,7 @@ class CaptureStage:
         }
         self.context.say(
             f"  {store.num_documents:,} documents, {store.num_rows:,} positions, {store.num_bytes / 1e6:.1f} MB: {each:.0f} bytes a position; "
-            f"{quantity(progress.rate())} tok/s"
+            f"{quantity(rate)} tok/s"
         )
 
 
@@ -183,30 +181,3 @@ def _together(teacher: Any, group: list[Ask], need: TopK) -> list[TopKRows | Non
         return list(teacher.ask(group, need))
     with torch.autocast(teacher.model.device.type, enabled=False):
         return list(teacher.score(group, need))
-
-
-class _Progress:
-    """Says how far it is, now and then."""
-
-    def __init__(self, context: StageContext, store: SignalStore, total: int):
-        self.context, self.store, self.total = context, store, total
-        self.done = self.scored = 0
-        self.began = self.spoken = time.monotonic()
-
-    def rate(self) -> float:
-        """Tokens a second that the teacher was asked about."""
-        return self.scored / max(time.monotonic() - self.began, 1e-9)
-
-    def add(self, asks: Sequence[Ask], *, scored: bool) -> None:
-        """These are done; ``scored`` if they were not stored before."""
-        tokens = sum(len(ask.ids) for ask in asks)
-        self.done += tokens
-        self.scored += tokens * scored
-        now = time.monotonic()
-        if now - self.spoken < SPOKEN:
-            return
-        self.spoken = now
-        left = max(0, self.total - self.done) / max(self.rate(), 1e-9)
-        self.context.say(
-            f"  {self.done / max(self.total, 1):.0%}  {quantity(self.rate())} tok/s  {self.store.num_bytes / 1e6:.1f} MB  eta {duration(left)}"
-        )

@@ -12,6 +12,7 @@ from rich.console import Console
 from limbeck.config.base import From
 from limbeck.config.parts.stages import DataOptions, StageOptions, TrainTokenizer
 from limbeck.config.recipe import Recipe
+from limbeck.engine.console import Counter
 from limbeck.engine.parallel import World
 from limbeck.errors import DataError, RunError
 from limbeck.models.loading import resolve_source
@@ -36,6 +37,8 @@ class StageContext:
     console: Console | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     """What the stage wants to have noted in its ``stage.json``."""
+    place: str = ""
+    """Where the stage stands in this start, ``stage 2 of 5``."""
 
     def stage_options(self, name: str) -> StageOptions:
         """Options of another stage of the recipe."""
@@ -95,6 +98,10 @@ class StageContext:
         for seen in [stage, *self.lineage(stage)]:
             trained: Any = self.stage_options(seen)
             check_disjoint(self.data(trained.data)[0], folder)
+
+    def counting(self, unit: str, total: int | None = None) -> Counter:
+        """To be entered around something long that is not training: shows how many of ``total`` are done, as they are added."""
+        return Counter(self.say, self.console, self.name, unit=unit, total=total, place=self.place)
 
     def once(self, work: Callable[[], Any]) -> None:
         """Do something on the first rank while the others wait."""

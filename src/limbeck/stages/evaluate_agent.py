@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from limbeck.adapters.inject import Injector
 from limbeck.adapters.spec import Adapters
 from limbeck.config.parts.trajectories import EvaluateAgentStageOptions
 from limbeck.data.conditions.store import ConditionSet
-from limbeck.engine.console import duration
 from limbeck.engine.precision import autocast
 from limbeck.engine.step import TrainStep
 from limbeck.errors import RunError
@@ -29,9 +27,6 @@ from limbeck.stages.teaching import build_teacher, check_teacher_vocabulary
 from limbeck.stages.train import trained_model
 from limbeck.students.generator.student import GeneratorStudent, is_generator
 from limbeck.types import Batch, TopKSignal
-
-SPOKEN = 15.0
-"""Seconds between lines of progress."""
 
 
 class EvaluateAgentStage:
@@ -72,18 +67,14 @@ class EvaluateAgentStage:
         self._write(self.conditions, found)
 
     def _judged(self, judge: AgentJudge) -> dict[int, dict[str, Found]]:
-        """Every model on every chosen issue; how far it is, now and then."""
+        """Every model on every chosen issue."""
         chosen = {split: self._chosen(split) for split in self.options.splits}
         issues = [(i, ids) for ids in chosen.values() for i in ids]
         found: dict[int, dict[str, Found]] = {}
-        began = spoken = time.monotonic()
-        for number, (issue, ids) in enumerate(issues, 1):
-            found[issue] = judge.judge(issue, self._columns(issue, ids))
-            now = time.monotonic()
-            if now - spoken > SPOKEN:
-                spoken = now
-                left = (len(issues) - number) * (now - began) / number
-                self.context.say(f"  {number} of {len(issues)} issues judged  eta {duration(left)}")
+        with self.context.counting("issues", len(issues)) as counter:
+            for issue, ids in issues:
+                found[issue] = judge.judge(issue, self._columns(issue, ids))
+                counter.add()
         return found
 
     def _open(self, stage: str, conditions: ConditionSet, beside: GeneratorStudent | None = None) -> GeneratorStudent:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from typing import Any
 
 import numpy as np
@@ -95,7 +94,6 @@ class MeasureDeltasStage:
         lots_of = [missing[i : i + options.together] for i in range(0, len(missing), options.together)]
         missing = [i for lot in lots_of[world.rank :: world.size] for i in lot]
         injector = Injector(self.model, adapters.spec)
-        began, done = time.monotonic(), 0
         try:
             base = self._embed(self.model, injector)
             # How far apart the base lies from itself when others share its batch: what no delta can be told from.
@@ -104,11 +102,11 @@ class MeasureDeltasStage:
             lots = measured(
                 runner(self.model, injector), adapters, missing, self.probes, self.represent, base, together=options.together, head=head_of(self.model)
             )
-            for lot, deltas in lots:
-                for i, numbers in zip(lot, deltas.cpu().numpy(), strict=True):
-                    self.cache.put(keys[i], numbers)
-                done += len(lot)
-                self._progress(done, len(missing), began)
+            with self.context.counting("adapters", len(missing)) as counter:
+                for lot, deltas in lots:
+                    for i, numbers in zip(lot, deltas.cpu().numpy(), strict=True):
+                        self.cache.put(keys[i], numbers)
+                    counter.add(len(lot))
         finally:
             injector.remove()
         return keys
@@ -118,13 +116,15 @@ class MeasureDeltasStage:
         base, world = self._embed(self.model), self.context.world
         self.noise = 0.0
         keys = [f"model-{digest([fingerprint(str(pool.folder / entry.folder)), self.measuring])}" for entry in pool.entries]
-        began = time.monotonic()
         mine = list(zip(pool.entries, keys, strict=True))[world.rank :: world.size]
-        for number, (entry, key) in enumerate(mine, 1):
-            if key not in self.cache:
+        with self.context.counting("models", len(mine)) as counter:
+            for entry, key in mine:
+                if key in self.cache:
+                    counter.add(before=True)
+                    continue
                 model = load_model(str(pool.folder / entry.folder), device=world.device)
                 self.cache.put(key, (self._embed(model) - base)[0].cpu().numpy())
-                self._progress(number, len(mine), began)
+                counter.add()
         return keys
 
     def _held(self, key: str) -> np.ndarray:
@@ -132,11 +132,6 @@ class MeasureDeltasStage:
         if numbers is None:
             raise RunError(f"{self.cache.path(key)} has gone while it was used: is another process clearing the run's folder?")
         return numbers
-
-    def _progress(self, done: int, total: int, began: float) -> None:
-        if done < total:
-            left = (time.monotonic() - began) / done * (total - done)
-            self.context.say(f"  {done}/{total} measured, {left:.0f} s left")
 
     def _statistics(self, found: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
         """Norm of every delta; broken adapters and outliers by name."""

@@ -180,6 +180,7 @@ class TrainStage:
             validation_rows=text.held_out,
             console=context.console,
             title=context.name,
+            place=context.place,
             identity=identity,
             checkpoints=checkpoint_folder(context),
             beside_final=save,

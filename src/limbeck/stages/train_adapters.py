@@ -127,7 +127,8 @@ class TrainAdaptersStage:
             select_trainable(student, ("all",))
             rows = self.conditions.rows([condition.id])
             loader = Loader(rows, options.loop.rows, seed=options.seed, rank=context.world.rank, world=context.world.size)
-            result = self._train(student, loader, work, CrossEntropy(CrossEntropyOptions()), microbatch=None)
+            place = f", model {number + 1} of {len(self.chosen)}"
+            result = self._train(student, loader, work, CrossEntropy(CrossEntropyOptions()), microbatch=None, place=place)
             losses.append(result.loss)
             state = full_state_dict(student.model)
             context.once(partial(self._keep, model, state, folder, done, result.loss))
@@ -143,7 +144,9 @@ class TrainAdaptersStage:
 
     # -- both --------------------------------------------------------------------------------------------------------------
 
-    def _train(self, student: Any, loader: Any, folder: Path, objective: CrossEntropy, *, microbatch: int | None) -> TrainResult:
+    def _train(
+        self, student: Any, loader: Any, folder: Path, objective: CrossEntropy, *, microbatch: int | None, place: str = ""
+    ) -> TrainResult:
         context, options = self.context, self.options
         loop = LoopOptions(
             steps=options.loop.steps,
@@ -166,6 +169,7 @@ class TrainAdaptersStage:
             world=context.world,
             console=context.console,
             title=context.name,
+            place=f"{context.place}{place}",
             identity={"data": self.conditions.digest, "teacher": "none"},
         )
         result = trainer.run()
