@@ -17,7 +17,7 @@ from families import VOCABULARY, packed_batch, tiny_model
 from limbeck.config.parts.stages import EvaluateStageOptions, RecallOptions
 from limbeck.errors import DataError, ModelError
 from limbeck.evaluation import recall as recall_module
-from limbeck.evaluation.divergence import divergence
+from limbeck.evaluation.divergence import DivergenceTally
 from limbeck.evaluation.evaluate import evaluate_models
 from limbeck.evaluation.perplexity import label_bytes, perplexity
 from limbeck.evaluation.recall import probe_batch, recall
@@ -87,23 +87,39 @@ def test_perplexity_is_the_dense_mean_over_labelled_positions(pair: dict[str, Pr
 
 
 @torch.no_grad()
+def divergence(teacher: PreTrainedModel, student: PreTrainedModel, *batches: Batch) -> dict[str, Any]:
+    """What the tally makes of packed rows."""
+    tally = DivergenceTally()
+    for batch in batches:
+        hidden_BTD, teacher_BTD = forward_packed(student, batch), forward_packed(teacher, batch)
+        tally.add(hidden_BTD, head_of(student), teacher_BTD, head_of(teacher), batch.label_mask_BT)
+    return tally.result()
+
+
+@torch.no_grad()
 def test_divergence_is_the_dense_kl_and_nothing_against_oneself(pair: dict[str, PreTrainedModel]) -> None:
     batch = Rows().packed
     teacher, student = (dense_log_probabilities(model, batch) for model in pair.values())
-    result = divergence(pair["teacher"], pair, batch.split(2))
-    assert result["student"]["kl"] == pytest.approx(float((teacher.exp() * (teacher - student)).sum(-1).mean()), rel=1e-5)
-    assert result["student"]["agreement"] == pytest.approx(float((teacher.argmax(-1) == student.argmax(-1)).float().mean()))
-    assert abs(result["teacher"]["kl"]) < 1e-6 and result["teacher"]["agreement"] == 1
-    assert result["student"]["tokens"] == len(teacher)
+    result = divergence(pair["teacher"], pair["student"], *batch.split(2))
+    assert result["kl"] == pytest.approx(float((teacher.exp() * (teacher - student)).sum(-1).mean()), rel=1e-5)
+    assert result["agreement"] == pytest.approx(float((teacher.argmax(-1) == student.argmax(-1)).float().mean()))
+    assert result["tokens"] == len(teacher)
+    itself = divergence(pair["teacher"], pair["teacher"], *batch.split(2))
+    assert abs(itself["kl"]) < 1e-6 and itself["agreement"] == 1
 
 
 def test_teacher_runs_once_a_batch_whatever_the_number_of_students(pair: dict[str, PreTrainedModel]) -> None:
-    calls = []
-    forward_packed(pair["teacher"], Rows(1).packed)
-    handle = pair["teacher"].model.register_forward_hook(lambda *args: calls.append(1))
-    divergence(pair["teacher"], {"a": pair["student"], "b": pair["student"]}, Rows(4).packed.split(2))
-    handle.remove()
-    assert len(calls) == 2
+    options = EvaluateStageOptions.model_validate({"from": "a", "rows": 4, "recall": None, "speed": None, "samples": None})
+    students = {"a": pair["student"], "b": tiny_model("qwen3", seed=2), "c": tiny_model("qwen3", seed=3)}
+    found = []
+    for names in ("a", "abc"):
+        calls: list[int] = []
+        handle = pair["teacher"].model.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        models = {"teacher": pair["teacher"], **{name: students[name] for name in names}}
+        assert set(evaluate_models(models, Rows(4), options, letters(), "teacher")["divergence"]) == set(names)
+        handle.remove()
+        found.append(len(calls))
+    assert found[0] == found[1] > 0
 
 
 def test_bytes_are_those_of_the_predicted_text() -> None:
@@ -133,7 +149,7 @@ def test_text_without_a_label_is_an_error_and_not_a_nan(pair: dict[str, PreTrain
     with pytest.raises(DataError, match="no position of these rows has a label"):
         perplexity(pair["teacher"], [batch])
     with pytest.raises(DataError, match="no position of these rows has a label"):
-        divergence(pair["teacher"], {"student": pair["student"]}, [batch])
+        divergence(pair["teacher"], pair["student"], batch)
 
 
 def test_recall_is_the_share_of_the_asked_tokens_that_a_model_knows(

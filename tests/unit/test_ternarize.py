@@ -29,7 +29,7 @@ from limbeck.models.loading import build_model, load_model, save_model
 from limbeck.models.structure import layer_list
 from limbeck.ops.ternary import dequantised, round_token, ternary
 from limbeck.students.student import Student
-from limbeck.students.ternarize import check_exportable, dequantise, settled, ternarize_options
+from limbeck.students.ternarize import DONE, check_exportable, dequantise, settled, ternarize_options
 from limbeck.students.ternary import modules
 from moe_cases import ternary_weights
 from ranks import on_two_ranks
@@ -260,7 +260,7 @@ def test_dequantised_models_compute_the_same_and_are_never_rounded_again(family:
         assert torch.equal(again.scales[used], codes[name].scales[used])
     # Where the mark travels with a plain model of the family, it is refused as a base.
     base = base_of(family)
-    base.config.limbeck_ternarised = True
+    setattr(base.config, DONE, True)
     with pytest.raises(ModelError, match="codes times scales already"):
         student_of(base)
 

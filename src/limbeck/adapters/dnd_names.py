@@ -9,6 +9,8 @@ from __future__ import annotations
 from limbeck.adapters.spec import AdapterSpec, Site
 from limbeck.errors import AdapterError
 
+__all__ = ["ORDER", "dnd_blocks", "dnd_key", "dnd_keys", "from_dnd_key"]
+
 ORDER = {
     "self_attn.q_proj": 2,
     "self_attn.k_proj": 3,

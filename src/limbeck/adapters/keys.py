@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from limbeck.errors import AdapterError
 
+__all__ = ["peft_key", "split_peft_key", "vllm_key"]
+
 _PREFIX = "base_model.model."
 _PACKED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from limbeck.engine.parallel import World
 from limbeck.errors import DataError
-from limbeck.models.head import head_of, without_padding
-from limbeck.models.packed import forward_packed
+from limbeck.models.head import without_padding
 from limbeck.ops.fused import linear_kl
-from limbeck.types import Batch, Head
+from limbeck.types import Head
 
 
 class DivergenceTally:
@@ -48,17 +45,3 @@ class DivergenceTally:
         if not self.tokens:
             raise DataError("no position of these rows has a label to predict: are the documents one token long?")
         return {"kl": self.kl / self.tokens, "agreement": self.agreement / self.tokens, "tokens": self.tokens}
-
-
-@torch.no_grad()
-def divergence(
-    teacher: PreTrainedModel, students: Mapping[str, PreTrainedModel], batches: Iterable[Batch]
-) -> dict[str, dict[str, Any]]:
-    """Each student's KL from, and agreement with, the teacher on packed rows; the teacher runs once a batch."""
-    tallies = {name: DivergenceTally() for name in students}
-    for batch in batches:
-        batch = batch.to(teacher.device)
-        teacher_BTD, teacher_head = forward_packed(teacher, batch), head_of(teacher)
-        for name, student in students.items():
-            tallies[name].add(forward_packed(student, batch), head_of(student), teacher_BTD, teacher_head, batch.label_mask_BT)
-    return {name: tally.result() for name, tally in tallies.items()}

@@ -218,8 +218,6 @@ class CallScore:
     """Counts over turns; they add up.  The calls of a turn are matched by their place in it."""
 
     turns: int = 0
-    turns_with_call: int = 0
-    """Turns in which a call is wanted."""
     counted: int = 0
     """Turns whose number of calls was looked at: none under teacher forcing."""
     right_number: int = 0
@@ -255,7 +253,7 @@ class CallScore:
 
 def compare(wanted: Sequence[ToolCall], found: Sequence[ToolCall], *, malformed: int = 0) -> CallScore:
     """How right the calls of one turn are.  Values are compared as text where either call is written in a way without types."""
-    score = CallScore(turns=1, turns_with_call=int(bool(wanted)), counted=1, right_number=int(len(wanted) == len(found)), malformed=malformed)
+    score = CallScore(turns=1, counted=1, right_number=int(len(wanted) == len(found)), malformed=malformed)
     for place, call in enumerate(wanted):
         score += _compared(call, found[place] if place < len(found) else None)
     return score
@@ -303,7 +301,7 @@ def forced_score(spans: Sequence[CallSpans], offsets_T2: np.ndarray, right_T: np
     A part is right when every token is that holds a character of it *or the first character behind it*: a model that would have gone
     on (``ls -l`` for ``ls``) did not predict it.  The keys are right when each is, and so is the end of the arguments: none would follow.
     """
-    score = CallScore(turns=1, turns_with_call=int(bool(spans)))
+    score = CallScore(turns=1)
     for call in spans:
         parts_M2 = np.array([call.name, call.close, *call.keys, *call.values], dtype=np.int64)
         name, close, *rest = _all_right(parts_M2, np.asarray(offsets_T2).reshape(-1, 2), np.asarray(right_T, dtype=bool)).tolist()

@@ -35,6 +35,8 @@ import numpy as np
 from limbeck.errors import LimbeckError
 from limbeck.teachers.documents import TopKRows
 
+__all__ = ["COLUMNS", "HEADER", "MEDIA_TYPE", "VALUES", "FrameError", "decode", "decode_object", "encode", "encode_object"]
+
 MAGIC = b"LMBK"
 VERSION = 1
 MEDIA_TYPE = "application/x-limbeck-topk"
