@@ -1,6 +1,9 @@
 """The contracts between the rooms.
 
-Shape legend, used as suffixes everywhere: **B** batch, **T** tokens, **V** vocabulary, **D** model width, **H** heads, **L** layers.
+Shape legend, used as suffixes everywhere: **B** batch, **T** tokens, **V** vocabulary, **K** kept teacher tokens, **D** model
+width, **H** heads, **L** layers, **E** experts, **N** adapters in a batch, **R** LoRA rank, **O** and **I** outputs and inputs of
+a Linear, **n** positions picked out of a batch.  What a file calls otherwise is explained there.
+
 Hidden states and a :class:`Head` travel, never logits: the fused operators in ``ops/`` take it from there.
 """
 
@@ -114,9 +117,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class AttentionStates:
-    """Queries, keys and values of a layer as its projections give them, all heads side by side (before norms and rotation).
+    """Queries, keys and values of a layer as its projections give them, all heads side by side: Q and K wide (before norms and
+    rotation).
 
-    ``onward`` are the same numbers as the network goes on with, in whatever layout: what comes back to them is the gradient of all
+    ``onward`` are the same numbers as the network goes on with, of any shape: what comes back to them is the gradient of all
     else but of what looks at the states here.
     """
 
@@ -140,10 +144,10 @@ class TopKSignal:
 
     ``rows_n`` (int64, ascending) are the positions, as indices into the flattened ``[B * T]``: those of
     ``batch.signal_mask_BT``, no more.  Row ``i`` predicts the token ``labels_BT.flatten()[rows_n[i]]``.
-    ``ids_nK`` (int64) are the kept ids, likeliest first, ``logits_nK`` (fp32) their logits before any temperature,
-    ``log_z_nZ`` (fp32) ``logsumexp(logits / T)`` over the whole vocabulary for each of ``temperatures``: the probability of
+    ``ids_nK`` (int64) are the K kept ids, likeliest first, ``logits_nK`` (fp32) their logits before any temperature,
+    ``log_z_nZ`` (fp32) ``logsumexp(logits / T)`` over the whole vocabulary for each of Z ``temperatures``: the probability of
     ``ids_nK`` at ``T`` is ``exp(logits / T - log_z)``.  A source of log-probabilities gives those as logits with ``log_z = 0`` at
-    T = 1.  ``samples_nS`` are ids drawn with repetition from the tail at ``temperatures[0]`` (the whole distribution if K = 0).
+    T = 1.  ``samples_nS`` are S ids drawn with repetition from the tail at ``temperatures[0]`` (the whole distribution if K = 0).
     """
 
     rows_n: Tensor
@@ -165,7 +169,8 @@ Metric = tuple[Tensor | float, Tensor | float]
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One objective's contribution: the **sum** over counted positions, and metrics that are ``(sum, count)`` pairs too."""
+    """One objective's contribution: ``sum``, a scalar, over counted positions, and ``metrics`` that are ``(sum, count)`` pairs of
+    scalars too."""
 
     sum: Tensor
     metrics: dict[str, Metric] = field(default_factory=dict)

@@ -19,7 +19,7 @@ class AcrossLayers:
         self._given: dict[str, Tensor] = {}
 
     def first(self, name: str, value: Tensor) -> Tensor:
-        """What the first caller gave under ``name``: ``value`` itself for that caller.
+        """What the first caller gave under ``name``: ``value`` itself (any shape) for that caller.
 
         A layer that is computed again in the backward pass finds what it gave in the forward pass.
         """

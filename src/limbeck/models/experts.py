@@ -29,7 +29,7 @@ def pin_experts(config: PreTrainedConfig) -> None:
 
 
 def routed_experts(experts: Any, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """``sum_k weights[t, k] * expert[chosen[t, k]](x[t])``, ``[T, D]`` in the dtype of ``x``.
+    """``sum_k weights[t, k] * expert[chosen[t, k]](x[t])`` over the K experts of a token, ``[T, D]`` in the dtype of ``x``.
 
     ``experts`` is a module of transformers with ``gate_up_proj [E, 2 F, D]`` and ``down_proj [E, D, F]``; for other layouts
     (biases, transposed weights, no gate, experts spread over ranks) transformers' own grouped form is used.  A module that computes
@@ -52,7 +52,7 @@ def routed_experts(experts: Any, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Te
 
 
 def grouped_product(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """``x[s] @ weight[e].T`` for rows sorted by expert, ``[S, O]``; rows of expert e end before ``ends_E[e]`` (int32)."""
+    """``x[s] @ weight[e].T`` for S rows sorted by expert, ``[S, O]``; rows of expert e end before ``ends_E[e]`` (int32)."""
     sizes = (x_SI.shape[1], weight_EOI.shape[1])
     if x_SI.dtype in _GROUPED and not any(size * x_SI.element_size() % _ALIGNED for size in sizes):
         return grouped_mm(x_SI, weight_EOI.mT, offs=ends_E)

@@ -37,7 +37,7 @@ class MixerState(CacheLayerMixin):
         return self.states.get(name)
 
     def write(self, num_tokens: int, **states: Tensor | None) -> None:
-        """Keep ``states`` (None is left out) and count ``num_tokens`` more tokens, padding included."""
+        """Keep ``states [B, ...]`` (None is left out) and count ``num_tokens`` more tokens, padding included."""
         self.states.update({name: state for name, state in states.items() if state is not None})
         self.seen += num_tokens
         self.is_initialized = True
@@ -59,18 +59,18 @@ class MixerState(CacheLayerMixin):
         return -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """A mixer has no keys and values."""
+        """A mixer has no ``key_states [B, H, T, D]`` and ``value_states [B, H, T, D]``: raises :class:`ModelError`."""
         raise ModelError("a mixer keeps states, not keys and values: its cache layer is written by the mixer itself")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """A mixer has no keys and values."""
+        """A mixer has no ``key_states [B, H, T, D]`` and ``value_states [B, H, T, D]``: raises :class:`ModelError`."""
         raise ModelError(
             "softmax attention wrote keys and values into a mixer's cache layer: the cache belongs to a student with other "
             "layers replaced; make one with `model.new_cache()`"
         )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """A recurrent state cannot be rewound."""
+        """A recurrent state cannot be rewound: raises :class:`ModelError`."""
         raise ModelError(
             "a mixer's state cannot be rewound by tokens, so assisted (speculative) and prompt-lookup decoding do not work "
             "with a hybrid: call generate() without `assistant_model` and `prompt_lookup_num_tokens`"
@@ -83,7 +83,7 @@ class MixerState(CacheLayerMixin):
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: row ``i`` becomes what row ``beam_idx[i]`` was."""
+        """Beam search: row ``i`` becomes what row ``beam_idx[i]`` was, ``beam_idx [B]``."""
         self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -91,7 +91,7 @@ class MixerState(CacheLayerMixin):
         self._map(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows of ``indices`` (numbers or a boolean mask)."""
+        """Keep the rows ``indices [rows]`` (numbers), or those of a boolean mask ``[B]``."""
         self._map(lambda state: state[indices.to(state.device)])
 
     def offload(self) -> None:

@@ -140,7 +140,10 @@ class AttentionFacts:
         return norm(x_BTHK)
 
     def rotate(self, q_BHTK: Tensor, k_BHTK: Tensor, position_embeddings: Rotary) -> Rotary:
-        """The family's own rotary embedding of q and k, ``[B, H, T, K]`` each; a partial rotation leaves the tail as it is."""
+        """The family's own rotary embedding of q and k, ``[B, H, T, K]`` each; a partial rotation leaves the tail as it is.
+
+        ``position_embeddings`` are ``[B, T, W]`` each: the family's cos and sin of the W <= K channels that it rotates.
+        """
         if not self.rope:
             return q_BHTK, k_BHTK
         if self.apply_rotary is None:

@@ -19,7 +19,7 @@ class Reach(NamedTuple):
     distance_H: Tensor
     """Of the mean distance ``sum_j w_ij (i - j)``, in tokens."""
     queries: Tensor
-    """Number of queries."""
+    """Number of queries, a scalar."""
 
     def plus(self, other: Reach) -> Reach:
         """The sums over the queries of both."""

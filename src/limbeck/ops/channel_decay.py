@@ -39,7 +39,8 @@ class ChunkedRows(NamedTuple):
 
 
 def chunked_rows(rows_RBTHK: tuple[Tensor, ...], k_BTHK: Tensor, g: Tensor, documents_BT: Tensor | None, size: int) -> ChunkedRows:
-    """Cut into chunks of ``size`` (a power of two), in one floating dtype; ``g`` is ``[B, T, H]`` or ``[B, T, H, K]``."""
+    """Cut into chunks of ``size`` (a power of two), in one floating dtype: k, and R tensors of its shape; ``g`` is ``[B, T, H]``
+    or ``[B, T, H, K]``."""
     g_BTHW = g[..., None] if g.ndim == k_BTHK.ndim - 1 else g
     real_BT = segments_BT = None
     if documents_BT is not None:
@@ -76,7 +77,8 @@ def _scores(rows: Tensor, keys: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def decayed_scores(rows: Tensor, keys: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``P`` of the module's first lines for rows ``[..., R, C, K]``, keys and log decays (down to -inf) ``[..., C, K]``, C a power of two.
+    """``P`` of the module's first lines for ``rows [..., R, C, K]``, ``keys [..., C, K]`` and log ``decay [..., C, K]`` (down to
+    -inf), C a power of two.
 
     Returns ``(scores [..., R, C, C], since [..., C, K], until [..., C, K])``: zeros above the diagonal, the sum of the log decays up to
     and including a token, and of those after it.  Gradients flow to all three inputs, from all three outputs.
@@ -164,5 +166,5 @@ class _DecayedScores(torch.autograd.Function):
 
 
 def common_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 when any of the tensors is, else fp32: what the chunked recurrences compute in."""
+    """fp64 when any of the ``tensors`` (of any shape) is, else fp32: what the chunked recurrences compute in."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -36,7 +36,7 @@ def chunk_size(chunk: int, num_tokens: int) -> int:
 
 
 def to_chunks(x: Tensor, size: int) -> Tensor:
-    """``[B, T, H, ...] -> [c, B, H, C, ...]``, zeros after the end; a view when T is a multiple of C."""
+    """``x [B, T, H, ...] -> [c, B, H, C, ...]``, zeros after the end; a view when T is a multiple of C."""
     tail = -x.shape[1] % size
     if tail:
         x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, tail))
@@ -44,7 +44,7 @@ def to_chunks(x: Tensor, size: int) -> Tensor:
 
 
 def to_tokens(x: Tensor, num_tokens: int) -> Tensor:
-    """``[c, B, H, C, D] -> [B, T, H, D]``: the way back."""
+    """``x [c, B, H, C, D] -> [B, T, H, D]``: the way back."""
     return x.transpose(2, 3).movedim(0, 1).flatten(1, 2)[:, :num_tokens]
 
 

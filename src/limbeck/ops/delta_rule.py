@@ -67,7 +67,7 @@ def gated_delta_rule_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: ``(o_BHV, new_state_BHKV)``, computed in the state's dtype; the output has the dtype of ``v``.
 
-    ``g`` is one log decay a head, ``[B, H]``, or one a key channel, ``[B, H, K]``, which is :mod:`limbeck.ops.kda`'s rule.
+    ``g`` is ``[B, H]``, one log decay a head, or ``[B, H, K]``, one a key channel, which is :mod:`limbeck.ops.kda`'s rule.
     """
     scale = k_BHK.shape[-1] ** -0.5 if scale is None else scale
     dtype = state_BHKV.dtype

@@ -36,7 +36,7 @@ from limbeck.types import IGNORE, Head
 
 @dataclass(frozen=True)
 class FusedMetrics:
-    """What the chunks give for free; detached scalars, sums over ``count`` tokens."""
+    """What the chunks give for free: ``agreement``, ``count`` and ``kl`` are detached scalars, sums over ``count`` tokens."""
 
     agreement: Tensor
     """Tokens at which the student's likeliest id is the teacher's (for cross-entropy: the label)."""

@@ -35,9 +35,10 @@ def gated_slot_attention(
 ) -> tuple[Tensor, Tensor]:
     """Whole rows, in parallel within chunks of tokens.
 
-    ``scale`` defaults to ``K ** -0.5``.  ``chunk`` (rounded up to a power of two) changes the speed, never the result.  Returns
-    ``(o_BTHV, final_state [B, H, M, K + V])``: outputs in the dtype of ``v``, the state in the dtype computed in, which is fp64 when
-    any input is and otherwise fp32, under autocast too.  Gradients flow to q, k, v, g and the initial state.
+    ``initial_state [B, H, M, K + V]`` is zero by default, ``scale`` is ``K ** -0.5``.  ``chunk`` (rounded up to a power of two)
+    changes the speed, never the result.  Returns ``(o_BTHV, final_state [B, H, M, K + V])``: outputs in the dtype of ``v``, the
+    state in the dtype computed in, which is fp64 when any input is and otherwise fp32, under autocast too.  Gradients flow to q,
+    k, v, g and the initial state.
     """
     scale = k_BTHK.shape[-1] ** -0.5 if scale is None else scale
     dtype = common_dtype(q_BTHK, k_BTHK, v_BTHV, g_BTHM, initial_state)
@@ -78,11 +79,12 @@ def _slot_scores(
 
 
 def decayed_sums(products: Tensor, write: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_j<=i  products_ij  write_jm  e^(decay_(j+1)m + ... + decay_im)`` for ``[..., C, C]`` and ``[..., C, M]``, C a power of two.
+    """``sum_j<=i  products_ij  write_jm  e^(decay_(j+1)m + ... + decay_im)``.
 
-    The exponential is split between the right half of a block and its left half at the block's middle, where both factors are at
-    most 1, as in :mod:`limbeck.ops.channel_decay`.  Returns ``(sums, since, until)``, ``[..., C, M]`` each: with the sums of the log
-    decays up to and including a token, and of those after it.  What stands above the diagonal of ``products`` is not read.
+    ``products [..., C, C]``, ``write [..., C, M]``, ``decay [..., C, M]``, C a power of two.  The exponential is split between
+    the right half of a block and its left half at the block's middle, where both factors are at most 1, as in
+    :mod:`limbeck.ops.channel_decay`.  Returns ``(sums, since, until)``, ``[..., C, M]`` each: with the sums of the log decays up
+    to and including a token, and of those after it.  What stands above the diagonal of ``products`` is not read.
     """
     lead, size = write.shape[:-2], write.shape[-2]
     products, write, decay = (x.flatten(0, len(lead) - 1) for x in (products, write, decay))
@@ -109,7 +111,7 @@ def decayed_sums(products: Tensor, write: Tensor, decay: Tensor) -> tuple[Tensor
 def gated_slot_attention_step(
     q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g_BHM: Tensor, state: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token: ``(o_BHV, new_state [B, H, M, K + V])``, computed in the state's dtype."""
+    """One token: ``(o_BHV, new_state)``, computed in the dtype of ``state [B, H, M, K + V]``."""
     scale = k_BHK.shape[-1] ** -0.5 if scale is None else scale
     q, k, v, g = (x.to(state.dtype) for x in (q_BHK, k_BHK, v_BHV, g_BHM))
     state = state * g.exp()[..., None] - torch.expm1(g)[..., None] * torch.cat([k, v], -1)[..., None, :]

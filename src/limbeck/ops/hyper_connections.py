@@ -1,7 +1,8 @@
 """Residual streams and the matrices that mix them: manifold-constrained hyper-connections.
 
 mHC (arXiv 2512.24880) makes the mixing matrix doubly stochastic by Sinkhorn's iterations, mHC-lite (arXiv 2601.05732) as a mixture of
-all permutations (Birkhoff's theorem: every doubly stochastic matrix is one).  Shape legend: S streams.
+all permutations (Birkhoff's theorem: every doubly stochastic matrix is one).  Shape legend: S streams, M mixtures of them, P = S!
+permutations.
 """
 
 from __future__ import annotations

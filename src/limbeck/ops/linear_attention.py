@@ -37,7 +37,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over whole rows, in parallel within chunks of tokens.
 
-    ``g`` is the log decay (<= 0), ``[B, T, H]`` or ``[B, T, H, K]``; ``scale`` defaults to ``K ** -0.5``.  ``chunk`` (rounded up to a
+    ``g [B, T, H]`` or ``[B, T, H, K]`` is the log decay (<= 0); ``scale`` defaults to ``K ** -0.5``.  ``chunk`` (rounded up to a
     power of two) changes the speed, never the result.  Returns ``(o_BTHV, final_state_BHKV)``: outputs in the dtype of ``v``, the
     state in the dtype computed in, which is fp64 when any input is and otherwise fp32, under autocast too.  Gradients flow to q, k, v,
     g and the initial state.

@@ -15,12 +15,12 @@ _PAIRWISE_NUMBERS = 2**25
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The same numbers in fp32 at least."""
+    """The numbers of ``tensor`` (any shape) in fp32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def filled(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """With zeros behind it along ``dim``, up to ``size``: factors of a larger rank and the same product."""
+    """``tensor [...]`` with zeros behind it along ``dim``, up to ``size``: factors of a larger rank and the same product."""
     if tensor.shape[dim] == size:
         return tensor
     shape = list(tensor.shape)
@@ -29,7 +29,10 @@ def filled(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def inner(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, moment: Tensor | None = None) -> Tensor:
-    """``<B1 A1, B2 A2>_F = tr((A1 C A2^T)(B2^T B1))``, ``[...]``; the two ranks may differ."""
+    """``<B1 A1, B2 A2>_F = tr((A1 C A2^T)(B2^T B1))``, ``[...]``; the two ranks R and S may differ.
+
+    ``A1 [..., R, I]``, ``B1 [..., O, R]``, ``A2 [..., S, I]``, ``B2 [..., O, S]``; C is ``moment [..., I, I]``.
+    """
     A1, B1, A2, B2 = widened(A1), widened(B1), widened(A2), widened(B2)
     return ((_whiten(A1, moment) @ A2.mT) * (B1.mT @ B2)).sum((-2, -1))
 
@@ -39,6 +42,7 @@ def pairwise_inner(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, moment: Tenso
 
     ``A1 [N, ..., R, I]``, ``B1 [N, ..., O, R]``, ``A2 [M, ..., S, I]``, ``B2 [M, ..., O, S]``: the factors of all adapters are joined
     along the rank, so that it takes two products; rows of N are taken so many at a time that memory stays bounded.
+    C is ``moment [..., I, I]``.
     """
     A1, B1, A2, B2 = widened(A1), widened(B1), widened(A2), widened(B2)
     A1 = _whiten(A1, moment)
@@ -49,12 +53,12 @@ def pairwise_inner(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, moment: Tenso
 
 
 def squared_norm(A: Tensor, B: Tensor, moment: Tensor | None = None) -> Tensor:
-    """``|B A|_F^2``, ``[...]``, never below zero."""
+    """``|B A|_F^2``, ``[...]``, never below zero, of ``A [..., R, I]`` and ``B [..., O, R]``; ``moment`` as in :func:`inner`."""
     return inner(A, B, A, B, moment).clamp_min(0)
 
 
 def squared_distance(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, moment: Tensor | None = None) -> Tensor:
-    """``|B1 A1 - B2 A2|_F^2``, ``[...]``; the two ranks may differ.
+    """``|B1 A1 - B2 A2|_F^2``, ``[...]``, of factors and ``moment`` as in :func:`inner`; the two ranks may differ.
 
     Through ``B1 (A1 - A2) + (B1 - B2) A2``, whose terms are small where the factors are close; the difference of the two squared
     norms would lose the digits that a loss near its minimum is made of.
@@ -66,13 +70,14 @@ def squared_distance(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, moment: Ten
 
 
 def root(squares: Tensor) -> Tensor:
-    """Square roots whose gradient at zero is zero, as of the norm of a LoRA whose B is still zero."""
+    """Square roots of ``squares`` (any shape) whose gradient at zero is zero, as of the norm of a LoRA whose B is still zero."""
     zero = squares == 0
     return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt())
 
 
 def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition of ``B A``: ``U [..., O, K]``, ``S [..., K]`` descending, ``Vt [..., K, I]`` with K = min(O, R, I).
+    """Singular value decomposition of ``B A``: ``U [..., O, K]``, ``S [..., K]`` descending, ``Vt [..., K, I]`` with K = min(O,
+    R, I), for ``A [..., R, I]`` and ``B [..., O, R]``.
 
     By QR of both factors and the decomposition of a matrix no larger than the rank.  A zero product has S = 0 and orthonormal U, Vt.
     """
@@ -83,7 +88,10 @@ def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def balanced(U: Tensor, S: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors ``A = sqrt(S) Vt``, ``B = U sqrt(S)`` with the largest entry of each column of U made positive."""
+    """Factors ``A = sqrt(S) Vt``, ``B = U sqrt(S)`` with the largest entry of each column of U made positive.
+
+    ``U [..., O, K]``, ``S [..., K]``, ``Vt [..., K, I]``, as :func:`product_svd` gives them.
+    """
     largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
     root_S = S.sqrt()
     signed = torch.where(largest < 0, -1.0, 1.0).to(S.dtype).squeeze(-2) * root_S

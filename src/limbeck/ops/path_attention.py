@@ -35,7 +35,7 @@ class PathKeys(NamedTuple):
     v: Tensor
     """``[B, S, J, V]``"""
     position: Tensor
-    """Position in the document ``[B, S]``, -1 for padding."""
+    """Position in the document, int64 ``[B, S]``, -1 for padding."""
     document: Tensor
     """Number of the document ``[B, S]``."""
 

@@ -76,12 +76,12 @@ def chunk_for(device: torch.device) -> int:
 
 
 def accumulate_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of sums and of the softmax."""
+    """The dtype of sums and of the softmax for ``hidden [..., D]`` and ``weight [V, D]``."""
     return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
 
 
 def project_with(hidden: Tensor, head: Head, width: int, mask_V: Tensor | None, temperature: float) -> Projection:
-    """The head (whole: :func:`whole_head`) in the dtype in which ``hidden @ weight.T`` would be computed here."""
+    """The head (whole: :func:`whole_head`) in the dtype in which ``hidden [..., D]`` times its weight would be computed here."""
     device = hidden.device.type
     accumulate = accumulate_dtype(hidden, head.weight_VD)
     dtype = torch.promote_types(hidden.dtype, head.weight_VD.dtype)

@@ -56,8 +56,8 @@ def ternary(
 ) -> Ternary:
     """Codes and scales of ``weight [*, O, I]``.
 
-    ``group`` is the number of inputs to a scale (``scale="group"`` alone), ``learnt`` the ``a`` of ``elastic`` with the shape that
-    :func:`scale_shape` gives, ``parts`` the equal pieces of the rows that count as matrices of their own.  Raises
+    ``group`` is the number of inputs to a scale (``scale="group"`` alone), ``learnt [*, P, G]`` the ``a`` of ``elastic`` (see
+    :func:`scale_shape`), ``parts`` the equal pieces of the rows that count as matrices of their own.  Raises
     :class:`ValueError` for sizes that do not divide.
     """
     blocks, compact = _scaled(weight.detach(), scale, group, method, None if learnt is None else learnt.detach(), parts)
@@ -82,7 +82,7 @@ def fake_quant(
     parts: int = 1,
     mix: float = 1.0,
 ) -> Tensor:
-    """``weight + mix * (quantised - weight)`` in the weight's dtype, with a gradient.
+    """``weight + mix * (quantised - weight)`` in the weight's dtype, with a gradient; arguments as of :func:`ternary`.
 
     At ``mix = 1`` it equals ``dequantised(ternary(weight, ...))`` bit for bit, at 0 the weight.  The gradient of the quantised
     weight passes through unchanged; with ``elastic`` it is masked where ``|w| > 0.99 a``, and ``a`` gets LSQ's (arXiv 1902.08153):
@@ -110,13 +110,15 @@ def scale_shape(shape: tuple[int, ...], *, scale: Granularity, group: int | None
 
 
 def elastic_start(weight: Tensor, *, scale: Granularity, group: int | None, parts: int = 1) -> Tensor:
-    """The ``a`` of ``elastic`` whose values are those of least squared error, in the weight's dtype: what a conversion starts from."""
+    """The ``a`` of ``elastic`` (:func:`scale_shape`) of least squared error for ``weight [*, O, I]``, in its dtype: what a
+    conversion starts from."""
     _, compact = _scaled(weight.detach(), scale, group, "mse", None, parts)
     return (1.5 * compact).to(weight.dtype)
 
 
 def round_token(x: Tensor, mix: float = 1.0) -> Tensor:
-    """Activations as 8-bit integers with one scale a token, ``max |x| / 127`` over the last dim; straight-through gradient.
+    """Activations ``x [..., I]`` as 8-bit integers with one scale a token, ``max |x| / 127`` over the last dim; straight-through
+    gradient.
 
     Computed in float32 (float64 for float64) and returned in the dtype of ``x``.
     """
@@ -124,7 +126,8 @@ def round_token(x: Tensor, mix: float = 1.0) -> Tensor:
 
 
 def round_q8_K(x: Tensor, mix: float = 1.0) -> Tensor:
-    """Activations as llama.cpp rounds them before a product with TQ1_0 or TQ2_0: blocks of 256, a float32 scale each.
+    """Activations ``x [..., I]`` as llama.cpp rounds them before a product with TQ1_0 or TQ2_0: blocks of 256, a float32 scale
+    each.
 
     ``q = round(x * (127 / m))`` with ``m`` the entry of largest magnitude, and ``x ~ q / (127 / m)``, all in float32, ties to even
     (``quantize_row_q8_K_ref`` of ggml, which carries the sign of ``m`` through both factors: it cancels).  Straight-through gradient.

@@ -44,7 +44,10 @@ GATHERED_BYTES = 2**26
 
 @dataclass(frozen=True)
 class TopKMetrics:
-    """What the chunks give for free; detached scalars, sums over ``count`` tokens, at the loss's temperature without T squared."""
+    """What the chunks give for free: sums over ``count`` tokens, at the loss's temperature without T squared.
+
+    ``count``, ``loss``, ``kl``, ``mass``, ``tail_gap`` and ``agreement`` are detached scalars.
+    """
 
     count: Tensor
     """Tokens that counted."""
