@@ -84,7 +84,7 @@ class DeltaCache:
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
+    """SHA-256 over names, dtypes, shapes and bytes of ``tensors`` of any shapes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -196,7 +196,10 @@ def write_measured(
     facts: Mapping[str, Any],
     moments: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the artefact: ``deltas[name] = (key, numbers)``, what is known of each, probes and how they were read."""
+    """Write the artefact: ``deltas[name] = (key, numbers)``, what is known of each, probes and how they were read.
+
+    ``moments[name] [L, I, I]`` are the second moments of the Linears' inputs, where they were measured.
+    """
     cache = DeltaCache(folder)
     for key, numbers in deltas.values():
         cache.put(key, numbers)

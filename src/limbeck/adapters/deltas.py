@@ -137,6 +137,7 @@ def measured(
 
 
 def relative_error(found_NF: Tensor, target_NF: Tensor) -> Tensor:
-    """``|found - target|^2 / |target|^2``, ``[N]``; a target of zero counts as one of the smallest normal size."""
+    """``|found - target|^2 / |target|^2`` of N deltas of F numbers, ``[N]``; a target of zero counts as one of the smallest
+    normal size."""
     tiny = torch.finfo(target_NF.dtype).tiny
     return (found_NF - target_NF).square().sum(-1) / target_NF.square().sum(-1).clamp_min(tiny)

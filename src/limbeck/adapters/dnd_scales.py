@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Scales(Protocol):
-    """A scale code.  ``mean`` and ``std`` are of one shape, at least fp32."""
+    """A scale code.  ``mean [...]`` and ``std [...]`` are of one shape, at least fp32."""
 
     nan_is_constant: bool
     """Whether NaN among a token's weights reads back as the token's mean."""
@@ -23,7 +23,7 @@ class Scales(Protocol):
         ...
 
     def decode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """``(shift, scale)`` from the codes of the border's two rows, ``[..., 2 rows, 2]``."""
+        """``(shift, scale)``, ``[...]`` each, from ``codes [..., 2 rows, 2]``, those of the border's two rows."""
         ...
 
 

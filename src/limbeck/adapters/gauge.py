@@ -58,7 +58,8 @@ def inner(a: Adapters, b: Adapters, moments: Mapping[str, Tensor] | None = None)
 
 
 def site_norms(a: Adapters, moments: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """``{site: [N, L]}``: the Frobenius norm of every ``dW``.  Differentiable, with gradient zero where B is zero."""
+    """``{site: [N, L]}``: the Frobenius norm of every ``dW``, with ``moments`` as in :func:`inner`.  Its gradient is zero where B
+    is zero."""
     return {
         site.name: a.spec.scale
         * low_rank.root(low_rank.squared_norm(a.A[site.name], a.B[site.name], None if moments is None else moments[site.name]))
@@ -67,13 +68,13 @@ def site_norms(a: Adapters, moments: Mapping[str, Tensor] | None = None) -> dict
 
 
 def norms(a: Adapters, moments: Mapping[str, Tensor] | None = None) -> Tensor:
-    """``[N]``: the Frobenius norm of all ``dW`` of an adapter together."""
+    """``[N]``: the Frobenius norm of all ``dW`` of an adapter together, with ``moments`` as in :func:`inner`."""
     squares = sum(norm.square().sum(1) for norm in site_norms(a, moments).values())
     return low_rank.root(torch.as_tensor(squares))
 
 
 def cosine(a: Adapters, b: Adapters, moments: Mapping[str, Tensor] | None = None) -> Tensor:
-    """``[N, M]``: cosines in the space of ``dW``; 0 where one of the two is zero."""
+    """``[N, M]``: cosines in the space of ``dW``, with ``moments`` as in :func:`inner`; 0 where one of the two is zero."""
     sizes = norms(a, moments)[:, None] * norms(b, moments)[None]
     zero = sizes == 0
     return torch.where(zero, 0, inner(a, b, moments) / torch.where(zero, 1, sizes))

@@ -70,14 +70,14 @@ class AgenticHyperNetwork(nn.Module):
 
     @torch.no_grad()
     def embed(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """``(prompt_embed [B, T, H], mask [B, T])`` of token ids that are padded with -1."""
+        """``(prompt_embed [B, T, D], mask [B, T])`` of ``prompt_ids [B, T]``, which are padded with -1."""
         if self._embeddings is not None:
             return self._embeddings()(prompt_ids.clamp_min(0)), prompt_ids >= 0
         states, mask = self._states(prompt_ids.unsqueeze(1))
         return states.squeeze(1), mask.squeeze(1)
 
     def forward(self, prompt_embed: Tensor, mask: Tensor | None = None) -> Adapters:
-        """One LoRA for each prompt; ``mask [B, T]`` is True where a token is (everywhere by default).
+        """One LoRA for each of ``prompt_embed [B, T, D]``; ``mask [B, T]`` is True where a token is (everywhere by default).
 
         Raises:
             AdapterError: states of another width than the student's, or more tokens than were said.

@@ -75,7 +75,7 @@ def compute_adapter_delta(
     The base is loaded once, ``together`` adapters run in one forward pass, and nothing of one is left when the next is read.
 
     Args:
-        base_activation: of :func:`compute_base_activation` with the same probes; measured here by default.
+        base_activation: ``[F]``, of :func:`compute_base_activation` with the same probes; measured here by default.
         cache: keeps each delta (and ``v(base)``) under the key of everything that it depends on; its manifest maps the folders to keys.
 
     Raises:
@@ -114,6 +114,8 @@ def compute_delta_embedding(
     length: int = 256,
 ) -> Tensor:
     """Deltas ``[N, F]`` (fp32) of N generated LoRAs, with their gradient: all N and all probes in one batched forward of the frozen base.
+
+    ``base_activation [F]`` is measured here by default.
 
     Raises:
         LimbeckError: LoRAs that do not fit the model, or a ``base_activation`` of another size.

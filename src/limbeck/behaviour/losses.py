@@ -105,7 +105,7 @@ class MultiTaskLoss(_Objectives):
         super().__init__(base_model, probes, tokenizer, represent, options)
 
     def __call__(self, generated: Adapters, teacher: Adapters, delta_teacher: Tensor, *, step: int = 0) -> Result:
-        """The loss of N generated adapters against N teachers and their deltas ``[N, F]``.
+        """The loss of N generated adapters against N teachers and their deltas, ``delta_teacher [N, F]``.
 
         Logged: ``L_weight``, ``L_delta``, ``lambda_delta``, ``delta_cosine``, ``delta_norm``, ``delta_teacher_norm``, ``delta_ratio`` and
         ``lora_ratio``.
@@ -147,7 +147,7 @@ class DeltaOnlyLoss(_Objectives):
         super().__init__(base_model, probes, tokenizer, represent, options)
 
     def __call__(self, generated: Adapters, delta_teacher: Tensor) -> Result:
-        """The loss of N generated adapters against their teachers' deltas ``[N, F]``.
+        """The loss of N generated adapters against their teachers' deltas, ``delta_teacher [N, F]``.
 
         Raises:
             AdapterError: deltas that do not fit the adapters.
