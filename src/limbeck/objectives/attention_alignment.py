@@ -55,7 +55,7 @@ class AttentionAlignment:
         return {str(layer): power for layer, power in self._power.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take the denominators of a checkpoint."""
+        """Take the denominators of a checkpoint: ``state`` is of scalars by layer, as :meth:`state` gave it."""
         self._power = {int(layer): power for layer, power in state.items()}
 
     def piece(

@@ -93,7 +93,7 @@ class AttentionRelation:
         return squares
 
     def settle(self, total: Tensor) -> None:
-        """Take the norms of all ranks for the next step's weight."""
+        """Take the squared norms of all ranks, ``total [2]`` as of :meth:`statistics`, for the next step's weight."""
         mine, others = total.sqrt().tolist()
         if not (0 < mine < math.inf and 0 < others < math.inf):
             return
@@ -109,7 +109,7 @@ class AttentionRelation:
         return {"weight": torch.tensor([self.weight, self._ratio], dtype=torch.float64)} if self._measured else {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take the weight of a checkpoint."""
+        """Take the weight of a checkpoint: ``state`` is ``{weight: [2]}``, as :meth:`state` gave it."""
         self.weight, self._ratio = state["weight"].tolist()
         self._measured = True
 

@@ -104,7 +104,7 @@ class Delta(ProbedObjective):
 
 
 def bounded_cosine(found_NF: Tensor, target_NF: Tensor) -> Tensor:
-    """Cosine ``[N]``, with a found vector counted as at least :data:`SMALL` of the target's size.
+    """Cosine ``[N]`` of N deltas of F numbers, with a found vector counted as at least :data:`SMALL` of the target's size.
 
     A generator begins at a delta of exactly zero, where the gradient of a plain cosine is unbounded.
     """

@@ -89,7 +89,7 @@ class MoEBalance(RouterObjective):
         return counts
 
     def settle(self, total: Tensor) -> None:
-        """Take the choices of all ranks for the next step's load."""
+        """Take the choices of all ranks, ``total [L, E]``, for the next step's load."""
         load = total.double()
         if self._load_LE is not None:
             load = self.memory * self._load_LE.to(load) + (1 - self.memory) * load
@@ -100,7 +100,7 @@ class MoEBalance(RouterObjective):
         return {} if self._load_LE is None else {"load": self._load_LE}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take the load of a checkpoint."""
+        """Take the load of a checkpoint: ``state`` is ``{load: [L, E]}``, as :meth:`state` gave it."""
         self._load_LE = state["load"]
 
 

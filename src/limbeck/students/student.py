@@ -109,7 +109,8 @@ class Student(nn.Module):
         state_dict: dict[str, Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Write a Hugging Face folder, with the tokenizer of ``tokenizer_source``; ``state_dict`` stands in for sharded weights."""
+        """Write a Hugging Face folder, with the tokenizer of ``tokenizer_source``; ``state_dict`` (of any shapes) stands in for
+        sharded weights."""
         save_model(self.model, folder, tokenizer_source=tokenizer_source, dtype=dtype, state_dict=state_dict)
 
 

@@ -52,7 +52,7 @@ class Perceiver(nn.Module):
         )
 
     def forward(self, states_NSD: Tensor, mask_NS: Tensor) -> Tensor:
-        """``[N, latents, D]``."""
+        """Latents ``[N, M, D]`` that have read S states each, where ``mask_NS`` is True."""
         x = self.latents.expand(len(states_NSD), -1, -1)
         for read, mix, mlp in self.blocks:
             x = x + read(x, states_NSD, mask_NS)
@@ -69,7 +69,7 @@ class TransformerReader(nn.Module):
         self.blocks = nn.ModuleList(nn.ModuleList([Attention(width, options.heads), MLP(width)]) for _ in range(options.blocks))
 
     def forward(self, states_NSD: Tensor, mask_NS: Tensor) -> Tensor:
-        """``[N, 1, D]``."""
+        """The mean ``[N, 1, D]`` of S encoded states each, over those where ``mask_NS`` is True."""
         x = states_NSD
         for mix, mlp in self.blocks:
             x = x + mix(x, x, mask_NS)

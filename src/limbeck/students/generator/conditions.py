@@ -65,7 +65,7 @@ class NoStates:
     size = 1
 
     def __call__(self, condition_NSC: Tensor) -> tuple[Tensor, Tensor]:
-        """Empty states."""
+        """Empty states ``[N, S, 0, 1]`` and their mask, whatever the S texts of C tokens say."""
         shape = (*condition_NSC.shape[:2], 0)
         return torch.zeros(*shape, 1, device=condition_NSC.device), torch.zeros(shape, dtype=torch.bool, device=condition_NSC.device)
 

@@ -85,7 +85,11 @@ class QueryDecoder(nn.Module):
             self.gain_B[key_of(site)] = nn.Parameter(torch.ones(len(site.layers), 1, 1))
 
     def forward(self, latents_NMD: Tensor, static: Factors) -> Factors:
-        """The factors for N conditions."""
+        """The factors for N conditions, of M latents each.
+
+        Args:
+            static: the factors of no condition: ``A[site.name] [L, R, I]`` and ``B[site.name] [L, O, R]``.
+        """
         queries_QD = self.layer(self.places_Q2[:, 0]) + self.site(self.places_Q2[:, 1])
         queries = (queries_QD[:, None] + self.rank.weight).flatten(0, 1).expand(len(latents_NMD), -1, -1)
         z = queries + self.ask(queries, latents_NMD)

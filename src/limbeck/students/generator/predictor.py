@@ -71,5 +71,5 @@ class DeltaPredictor(ConditionedStudent):
         return PredictedOutput(self.head(*self.read(batch)))
 
     def predict(self, condition_NSC: Tensor) -> Tensor:
-        """The delta ``[N, F]`` of each condition (token ids, padded with -1)."""
+        """The delta ``[N, F]`` of each condition: S texts of at most C token ids, padded with -1."""
         return self.head(*self.states(condition_NSC))

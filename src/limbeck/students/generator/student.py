@@ -99,7 +99,10 @@ class ConditionedStudent(nn.Module):
         raise TypeError(f"{type(self).__name__} must define facts()")
 
     def save(self, folder: Path, *, tokenizer_source: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the network, what it is, and the tokenizer; complete or not at all.  The base stays where it is."""
+        """Write the network, what it is, and the tokenizer; complete or not at all.  The base stays where it is.
+
+        ``state_dict`` (tensors of any shape) stands in for the network's own, for one that was gathered from shards.
+        """
         beside = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -140,7 +143,7 @@ class GeneratorStudent(ConditionedStudent):
         return AdaptedOutput(adapters, lambda: head_of(self.model, self.num_ids), lambda: self._hidden(batch, adapters), self.run_base)
 
     def generate(self, condition_NSC: Tensor) -> Adapters:
-        """The LoRA of each condition (token ids, padded with -1)."""
+        """The LoRA of each of N conditions: S texts of at most C token ids, padded with -1."""
         A, B = self.generator(*self.states(condition_NSC))
         return Adapters(self.spec, A, B)
 

@@ -78,11 +78,11 @@ class Mixer(nn.Module, ABC):
         padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """``[B, T, D]`` to the same.
+        """``hidden_states [B, T, D]`` to the same.
 
-        ``position_embeddings`` are the family's ``(cos, sin)``; ``documents_BT`` numbers the documents of packed rows (-1 on padding);
-        ``padding_mask`` ``[B, T]`` is True at real tokens of a padded batch.  ``attention_mask``, made for softmax attention, is not
-        read.  With a cache the call continues from, and updates, the layer's own state.
+        ``position_embeddings`` are ``[B, T, W]`` each: the family's cos and sin; ``documents_BT`` numbers the documents of packed
+        rows (-1 on padding); ``padding_mask`` ``[B, T]`` is True at real tokens of a padded batch.  ``attention_mask`` of any
+        shape, made for softmax attention, is not read.  With a cache the call continues from, and updates, the layer's own state.
         """
 
     def calibrate(self, measured: Measured) -> list[str]:
@@ -117,7 +117,7 @@ class Mixer(nn.Module, ABC):
         """Floating-point operations of one forward token at position ``context`` (a multiply-add is two)."""
 
     def rotate(self, q_BTHK: Tensor, k_BTHK: Tensor, position_embeddings: Rotary | None) -> tuple[Tensor, Tensor]:
-        """The family's rotary embedding of q and k, heads behind tokens."""
+        """The family's rotary embedding of q and k, heads behind tokens; ``position_embeddings`` as in :meth:`Mixer.forward`."""
         if not self.facts.rope:
             return q_BTHK, k_BTHK
         if position_embeddings is None:
@@ -129,7 +129,7 @@ class Mixer(nn.Module, ABC):
 
 
 def expand_groups(weight: Tensor, facts: AttentionFacts, gqa: GroupedHeads = "heads") -> Tensor:
-    """Grouped key/value rows ``[KV * head_dim, ...]`` as one head a query head, ``[H * head_dim, ...]``.
+    """Grouped key/value rows ``weight [KV * head_dim, ...]`` as one head a query head, ``[H * head_dim, ...]``.
 
     Query head ``h`` reads KV head ``h // groups``, so every head is repeated as a whole.  ``rows`` repeats single rows instead, as
     fla-org/hybrid-distillation does: it is a control for experiments, every head of its result is scrambled.
@@ -141,7 +141,7 @@ def expand_groups(weight: Tensor, facts: AttentionFacts, gqa: GroupedHeads = "he
 
 @torch.no_grad()
 def copy_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None, name: str) -> list[str]:
-    """Fill a linear layer; returns the names of what was copied, under ``name``."""
+    """Fill a linear layer with ``weight [O, I]`` and ``bias [O]``; returns the names of what was copied, under ``name``."""
     linear.weight.copy_(weight)
     if linear.bias is None:
         return [f"{name}.weight"]
@@ -151,7 +151,7 @@ def copy_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None, name: st
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp32, or fp64 when any of the tensors is."""
+    """fp32, or fp64 when any of the ``tensors`` (of any shape) is."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -163,7 +163,7 @@ def places(
 ) -> tuple[Tensor, Tensor]:
     """Position in the document (-1 on padding) and number of the document of every new token, int64 ``[B, T]`` each.
 
-    ``past_BS`` has the positions of the tokens before, if there are any.
+    ``past_BS`` has the positions of the S tokens before, if there are any; ``padding_mask [B, T]`` is True at real tokens.
     """
     batch, num_tokens = x_BTHK.shape[:2]
     if documents_BT is not None:

@@ -185,7 +185,7 @@ class MatrixStateMixer(Mixer):
         padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """``[B, T, D]`` to the same; see :meth:`Mixer.forward`."""
+        """``hidden_states [B, T, D]`` to the same; see :meth:`Mixer.forward`."""
         held: MixerState | None = mixer_state(past_key_values, self.layer_index)
         q, k, v, tail = self._project(hidden_states, held, documents_BT, padding_mask)
         if self.keeps_norms:
@@ -280,7 +280,7 @@ def log_uniform_rates(bounds: tuple[float, float], num_heads: int) -> Tensor:
 
 
 def inverse_softplus(x: Tensor) -> Tensor:
-    """Where softplus is ``x`` (> 0)."""
+    """Where softplus is ``x`` (> 0, of any shape)."""
     return x.expm1().log()
 
 

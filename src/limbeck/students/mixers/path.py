@@ -79,7 +79,7 @@ class PathAttention(GroupedMixer):
         padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """``[B, T, D]`` to the same; see :meth:`Mixer.forward`."""
+        """``hidden_states [B, T, D]`` to the same; see :meth:`Mixer.forward`."""
         facts = self.facts
         held: MixerState | None = mixer_state(past_key_values, self.layer_index)
         q, k, v = self.projected(hidden_states)

@@ -101,7 +101,8 @@ class Rwkv7(MatrixStateMixer):
         across_layers: AcrossLayers | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """``[B, T, D]`` to the same; see :meth:`Mixer.forward`.  ``across_layers`` brings the first layer's values."""
+        """``hidden_states [B, T, D]`` to the same; see :meth:`Mixer.forward`.  ``across_layers`` brings the first layer's
+        values."""
         held: MixerState | None = mixer_state(past_key_values, self.layer_index)
         x, tail = self._shifted(hidden_states, held, documents_BT, padding_mask)
         heads = (self.facts.num_heads, self.facts.head_dim)

@@ -73,7 +73,7 @@ class SlidingWindow(GroupedMixer):
         padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """``[B, T, D]`` to the same; see :meth:`Mixer.forward`."""
+        """``hidden_states [B, T, D]`` to the same; see :meth:`Mixer.forward`."""
         held: MixerState | None = mixer_state(past_key_values, self.layer_index)
         q, k, v = self.projected(hidden_states)
         q, k = self.rotate(q, k, position_embeddings)

@@ -64,7 +64,7 @@ class SubNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(weight.shape[-1], dtype=weight.dtype, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[*, I]`` to the same."""
+        """``x [*, I]`` to the same."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + SUB_NORM_EPS)
         return (self.weight * normed).to(x.dtype)
@@ -90,7 +90,8 @@ class Quantised(_Module):
         return fake_quant(weight, method=q.method, learnt=self.learnt(name), mix=self.mix, **q.options(self.parts[name]))
 
     def rounded(self, name: str, x: Tensor) -> Tensor:
-        """What the parameter is multiplied with: normed where a norm stands before it, and rounded as the options say."""
+        """What the parameter is multiplied with, ``x [*, I]``: normed where a norm stands before it, and rounded as the options
+        say."""
         if name == self.normed:
             x = self.sub_norm(x)
         rounding = _ROUNDINGS.get(self.quantiser.activations)
@@ -102,7 +103,8 @@ class Quantised(_Module):
 
     @torch.no_grad()
     def codes(self, name: str, weight: Tensor | None = None, learnt: Tensor | None = None) -> Ternary:
-        """Codes and scales of a parameter: what is exported.  ``weight`` and ``learnt`` stand in for sharded ones."""
+        """Codes and scales of a parameter: what is exported.  ``weight [*, O, I]`` and ``learnt [*, P, G]`` stand in for sharded
+        ones."""
         q, weight = self.quantiser, getattr(self, name) if weight is None else weight
         method: Method = "exact" if q.done else q.method
         return ternary(weight, method=method, learnt=self.learnt(name) if learnt is None else learnt, **q.options(self.parts[name]))
@@ -112,7 +114,7 @@ class TernaryLinear(Quantised, nn.Linear):
     """A Linear with a ternary weight; the bias, if any, is not."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``x W^T + b``."""
+        """``x W^T + b`` of ``input [*, I]``."""
         return F.linear(self.rounded("weight", input), self.quantised("weight"), self.bias)
 
 
@@ -120,7 +122,8 @@ class TernaryExperts(Quantised):
     """First base of stacked experts: whatever experts implementation the config names, it is the grouped form that runs."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``sum_k weights[t, k] * expert[chosen[t, k]](x[t])``, ``[T, D]``."""
+        """``sum_k weights[t, k] * expert[chosen[t, k]](x[t])``, ``[T, D]``, of ``hidden_states [T, D]``, ``top_k_index [T, K]``
+        (int64) and ``top_k_weights [T, K]``."""
         return routed_experts(self, hidden_states, top_k_index, top_k_weights)
 
 
