@@ -27,6 +27,8 @@ class Interrupts:
         self._raised = -float("inf")
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        """A signal has come: note its name and raise KeyboardInterrupt, unless it is held or is the request of just now, told
+        again."""
         self.reason = self.reason or signal.Signals(number).name
         if not self.held and time.monotonic() - self._raised > _ONE_REQUEST:
             self._raised = time.monotonic()

@@ -61,7 +61,7 @@ class NoSpace(CheckpointError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint held besides the tensors that were filled in place."""
+    """What a checkpoint held besides the tensors that were filled in place; ``objectives`` are tensors of any shape."""
 
     path: Path
     step: int
@@ -141,7 +141,7 @@ def space(size: float) -> str:
 
 
 def space_needed(tensors: dict[str, Tensor]) -> int:
-    """Bytes of a checkpoint of these tensors, with a tenth to spare."""
+    """Bytes of a checkpoint of ``tensors`` of any shape, with a tenth to spare."""
     return int(1.1 * sum(t.numel() * t.element_size() for t in tensors.values())) + (1 << 20)
 
 
@@ -205,6 +205,7 @@ class Checkpoints:
     ) -> Path:
         """Write, commit, then prune.  Raises :class:`NoSpace` when it does not fit; nothing committed is touched by that.
 
+        ``tensors`` (parameters and the optimiser's state, sharded or not) and ``objectives`` (theirs) are of any shape.
         ``beside`` (called on every rank) puts more into the folder, which is then a part of the checkpoint.  In the ``background`` what
         is saved is copied to memory before this returns; how it ended is known by :meth:`finish`, and one is written at a time.
         """
@@ -312,7 +313,8 @@ class Checkpoints:
             time.sleep(0.1)
 
     def check_room(self, tensors: dict[str, Tensor], saves: int) -> None:
-        """Raises :class:`NoSpace` if the checkpoints that a run of ``saves`` saves keeps, and the one being written, do not fit."""
+        """Raises :class:`NoSpace` if the checkpoints of ``tensors`` (any shape) that a run of ``saves`` saves keeps, and the one
+        being written, do not fit."""
         failure: NoSpace | None = None
         if self.world.rank == 0:
             kept = min(saves, self.keep_last or saves) + 1
@@ -411,7 +413,8 @@ class Checkpoints:
     # -- loading ---------------------------------------------------------------------------------------------------------
 
     def load(self, tensors: dict[str, Tensor]) -> Loaded | None:
-        """Fill ``tensors`` in place from the newest whole checkpoint.  Random states are *not* touched: see :meth:`load_rng`.
+        """Fill ``tensors`` of any shape in place from the newest whole checkpoint.  Random states are *not* touched: see
+        :meth:`load_rng`.
 
         A damaged one is named, set aside as ``.corrupt-...`` and the one before it is used.  None when there never was one.
         """

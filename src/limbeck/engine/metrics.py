@@ -60,11 +60,17 @@ def _finite(value: Any) -> Any:
 class Mirror(Protocol):
     """What is told every line of the file: the ``kept`` ones when it begins, each new one as it is written."""
 
-    def begin(self, kept: list[dict[str, Any]], resumed_step: int) -> None: ...
+    def begin(self, kept: list[dict[str, Any]], resumed_step: int) -> None:
+        """The file is open; it holds the ``kept`` lines, up to ``resumed_step``."""
+        ...
 
-    def write(self, row: dict[str, Any]) -> None: ...
+    def write(self, row: dict[str, Any]) -> None:
+        """One more line, with None for what is not finite."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """No more lines come from this start."""
+        ...
 
 
 class MetricsWriter:

@@ -24,7 +24,7 @@ def halves_of(name: str) -> int:
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Whether a parameter holds matrices ``[..., O, I]``; a short convolution's ``[C, 1, W]`` holds vectors."""
+    """Whether a ``parameter`` of any shape holds matrices ``[..., O, I]``; a short convolution's ``[C, 1, W]`` holds vectors."""
     return parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1
 
 
@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
     Groups have ``lr``, ``weight_decay`` (decoupled, with the rate as it is), ``momentum``, ``nesterov``, ``scaling`` and
     ``products`` (dtype of the Newton-Schulz products).  ``s`` is ``sqrt(max(1, O / I))`` for ``original``, and
     ``0.2 sqrt(max(O, I))`` for ``moonlight`` (arXiv 2502.16982), which gives updates the root mean square of Adam's, so that Adam's
-    rates and decay can be kept.  ``halves`` gives the number of matrices in a parameter by its identity.
+    rates and decay can be kept.  ``halves`` gives the number of matrices in a parameter (of any shape) by its identity.
     """
 
     def __init__(

@@ -80,9 +80,13 @@ def put(console: Console, text: str) -> None:
 class View(Protocol):
     """Something that is drawn again and again between ``start`` and ``stop``."""
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Draw, and again from now on."""
+        ...
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """Draw for the last time."""
+        ...
 
 
 def live_view(console: Console, draw: Draw) -> View | None:

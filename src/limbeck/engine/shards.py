@@ -15,7 +15,7 @@ def local(tensor: Any) -> Tensor:
 
 
 def holds_whole_matrices(tensor: Tensor) -> bool:
-    """Whether this rank's part consists of whole matrices (the last two dimensions): stacked experts are cut between experts."""
+    """Whether this rank's part of ``tensor [..., O, I]`` consists of whole matrices: stacked experts are cut between experts."""
     if not isinstance(tensor, DTensor):
         return True
     return all(
@@ -25,14 +25,14 @@ def holds_whole_matrices(tensor: Tensor) -> bool:
 
 
 def like_shard(whole: Tensor, like: DTensor) -> Tensor:
-    """This rank's part of a tensor that every rank holds, cut as ``like`` is; nothing is sent."""
+    """This rank's part of ``whole`` (any shape), which every rank holds, cut as ``like`` is; nothing is sent."""
     mesh = like.device_mesh
     held = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return held.redistribute(placements=like.placements).to_local()
 
 
 def gathered(part: Tensor, like: DTensor) -> Tensor:
-    """The whole of a tensor of which this rank holds ``part``, cut as ``like`` is; every rank must call it."""
+    """The whole of a tensor of any shape of which this rank holds ``part``, cut as ``like`` is; every rank must call it."""
     spread = DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=torch.Size(like.shape), stride=_strides(like.shape)
     )

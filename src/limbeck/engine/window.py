@@ -18,6 +18,7 @@ class Window:
     """Sums since the last line; nothing here waits for the device before :meth:`fetch`."""
 
     losses: list[Tensor] = field(default_factory=list)
+    """This rank's share of each step's loss, scalars."""
     metrics: Metrics = field(default_factory=dict)
     tokens: int = 0
     teacher_seconds: float = 0.0

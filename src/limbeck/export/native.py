@@ -123,7 +123,13 @@ def native_state(model: Any) -> dict[str, Tensor]:
 
 
 def softmax_layer(mine: dict[str, Tensor], head_dim: int) -> Iterator[tuple[str, Tensor]]:
-    """A Qwen3 attention's tensors as those of Qwen3.5's, taken out of ``mine``.  ``q_proj`` holds each head's query and then its gate."""
+    """A Qwen3 attention's tensors as those of Qwen3.5's, taken out of ``mine``; ``q_proj`` holds each head's query and then its
+    gate.
+
+    Args:
+        mine: ``q_proj.weight [Q, D]``, ``k_proj.weight [K, D]``, ``v_proj.weight [K, D]``, ``o_proj.weight [D, Q]`` and the two
+        norms.
+    """
     q_HKD = mine.pop("q_proj.weight").unflatten(0, (-1, head_dim))
     yield "q_proj.weight", torch.cat([q_HKD, torch.zeros_like(q_HKD)], 1).flatten(0, 1)
     yield "k_proj.weight", mine.pop("k_proj.weight")
@@ -134,7 +140,12 @@ def softmax_layer(mine: dict[str, Tensor], head_dim: int) -> Iterator[tuple[str,
 
 
 def linear_layer(mine: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """A native Gated DeltaNet's tensors as those of Qwen3.5's, taken out of ``mine``."""
+    """A native Gated DeltaNet's tensors as those of Qwen3.5's, taken out of ``mine``.
+
+    Args:
+        mine: projections ``[Q, D]``, ``a_proj`` and ``b_proj`` ``[H, D]``, ``o_proj`` ``[D, Q]``, convolutions ``[Q, kernel]``,
+        and vectors.
+    """
     yield "in_proj_qkv.weight", torch.cat([mine.pop(f"{name}_proj.weight") for name in "qkv"])
     yield "conv1d.weight", torch.cat([mine.pop(f"{name}_conv") for name in "qkv"])[:, None]
     yield "in_proj_z.weight", mine.pop("g_proj.weight")

@@ -59,6 +59,8 @@ def layer_bytes(model: Architecture, layer: Layer, run: Pass) -> float:
 
 
 def mixing_bytes(layer: Layer, run: Pass) -> float:
+    """Bytes of those that its attention, or what stands in its place, keeps for a token, before :attr:`Pass.wide` multiplies
+    them."""
     half, a = run.half, layer.attention
     if layer.deltanet is not None:
         net = layer.deltanet

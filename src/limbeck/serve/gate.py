@@ -90,6 +90,7 @@ class Gate:
         metrics.counter("sent_bytes_total", "Bytes of reply bodies.")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in, if it has the token or its path needs none, and count it and the bytes of its reply (ASGI)."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -127,7 +127,8 @@ def _five(digits_NB: np.ndarray, start: int, count: int, width: int) -> np.ndarr
 
 
 def pack_floats(weight: Tensor, kind: FileType) -> np.ndarray:
-    """A float tensor as a type's bytes, uint8 ``[*, bytes of a row]``; fp16 values too large for it are a :class:`ModelError`."""
+    """``weight [*, I]`` of floats as a type's bytes, uint8 ``[*, bytes of a row]``; values too large for fp16 are a
+    :class:`ModelError`."""
     if kind is Q8_0:
         from gguf import GGMLQuantizationType, quants
 

@@ -24,7 +24,8 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 def round_q8_0(x: Tensor) -> Tensor:
-    """Activations as ggml's Q8_0: blocks of 32, ``q = round(x 127 / max |x|)`` (halves away from zero), an fp16 scale; fp32 ``[*, I]``."""
+    """Activations ``x [*, I]`` as ggml's Q8_0, in fp32: blocks of 32, ``q = round(x 127 / max |x|)`` (halves away from zero), an
+    fp16 scale."""
     if x.shape[-1] % Q8_0.block:
         raise ModelError(f"Q8_0 rounds blocks of {Q8_0.block} activations, and {x.shape[-1]} is no multiple")
     blocks = x.float().unflatten(-1, (-1, Q8_0.block))

@@ -11,14 +11,15 @@ from limbeck.ops.ternary import Ternary
 
 
 def rows(weight: Weight, index: Tensor) -> Weight:
-    """The rows ``index`` of ``[*, O, I]`` (entries of a vector); scales travel with their rows."""
+    """The rows ``index [O]`` of ``weight [*, O, I]`` (entries of a vector); scales travel with their rows."""
     if isinstance(weight, Ternary):
         return Ternary(weight.codes.index_select(-2, index), weight.scales.index_select(-2, index))
     return weight.index_select(0 if weight.ndim == 1 else -2, index)
 
 
 def columns(weight: Weight, index: Tensor, name: str = "tensor") -> Weight:
-    """The columns ``index`` of ``[*, O, I]``; groups that share a scale must move as wholes, else :class:`ModelError`."""
+    """The columns ``index [I]`` of ``weight [*, O, I]``; groups that share a scale must move as wholes, else
+    :class:`ModelError`."""
     if not isinstance(weight, Ternary):
         return weight.index_select(-1, index)
     groups = weight.scales.shape[-1]
