@@ -17,6 +17,7 @@ from adapter_cases import base_folder, corpus, generating, peft_folders, random_
 from limbeck.adapters.delta_store import MeasuredDeltas
 from limbeck.adapters.peft_files import write_peft
 from limbeck.config.load import load_recipe
+from limbeck.engine.console import Counter
 from limbeck.engine.metrics import read_metrics
 from limbeck.errors import AdapterError, RunError
 from limbeck.models.loading import load_model
@@ -122,20 +123,18 @@ def test_memory_stays_flat_over_two_hundred_adapters(tmp_path: Path, monkeypatch
         pytest.skip("needs /proc")
     many = Folders(tmp_path, 200, targets="q_proj", rank=1)
     seen: list[int] = []
-    progress = MeasureDeltasStage._progress
 
-    def watched(self: MeasureDeltasStage, *given: Any) -> None:
+    def watched(*given: Any, **facts: Any) -> None:
         seen.append(next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon")))
-        progress(self, *given)
 
     statistics: Callable[..., Any] = MeasureDeltasStage._statistics
 
     def at_the_end(self: MeasureDeltasStage, found: Any) -> Any:
         kept = statistics(self, found)
-        watched(self, 200, 200, 0.0)
+        watched()
         return kept
 
-    monkeypatch.setattr(MeasureDeltasStage, "_progress", watched)
+    monkeypatch.setattr(Counter, "add", watched)
     monkeypatch.setattr(MeasureDeltasStage, "_statistics", at_the_end)
     # 16 probes x 64 tokens x 16 numbers: 200 such deltas held at once would be 13 MB in each copy.
     out, _ = many.measure("many", one=many.stage(probes={"length": 64}, together=8))

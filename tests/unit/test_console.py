@@ -540,6 +540,19 @@ def test_a_log_gets_lines_at_a_rate_that_a_person_can_read(tmp_path: Path, monke
     assert pipe.getvalue().count("step ") == 999
 
 
+def test_one_of_many_short_runs_shows_how_far_it_is_and_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pipe = Clock(monkeypatch), io.StringIO()
+    voice = Progress(Console(file=pipe), "layer-3", 1000, quiet=True, log=tmp_path / "training.log")
+    voice.start()
+    voice.say("1000 steps of 4 rows")
+    for step in range(1, 36):
+        clock.now += 1.0
+        voice.update(row(step))
+    voice.close()
+    assert [line.split("  ")[:2] for line in pipe.getvalue().splitlines()] == [["layer-3", f"step {step}/1000"] for step in (10, 20, 30)]
+    assert len((tmp_path / "training.log").read_text().splitlines()) == 36
+
+
 def test_lines_are_there_as_soon_as_they_are_said(tmp_path: Path) -> None:
     with (tmp_path / "out.log").open("w") as file:
         voice = Progress(Console(file=file), "distil", 10)

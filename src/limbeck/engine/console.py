@@ -13,7 +13,7 @@ from limbeck.engine.frame import PAUSE, WAITING, count_frame, describe, duration
 from limbeck.engine.metrics import read_metrics
 from limbeck.engine.screen import View, live_view, put
 
-__all__ = ["WAITING", "Counter", "Progress", "describe", "duration", "frame", "quantity", "short_line"]
+__all__ = ["WAITING", "Counter", "Counting", "Progress", "describe", "duration", "frame", "quantity", "short_line"]
 
 BURST = 100
 """Lines of logged steps that are printed as they come."""
@@ -26,10 +26,10 @@ REMEMBERED = 400
 
 
 class Pace:
-    """Lets :data:`BURST` lines through, and one more for every :data:`LINE_EVERY` seconds: a log that a person can read."""
+    """Lets ``burst`` lines through, and one more for every :data:`LINE_EVERY` seconds: a log that a person can read."""
 
-    def __init__(self) -> None:
-        self._left, self._at = float(BURST), time.monotonic()
+    def __init__(self, burst: int) -> None:
+        self._left, self._at = float(burst), time.monotonic()
         self.held = False
         """Whether a line was kept back already."""
 
@@ -37,7 +37,7 @@ class Pace:
         """Whether there is room for one more line now, which is then taken."""
         now = time.monotonic()
         self._left, self._at = min(BURST, self._left + (now - self._at) / LINE_EVERY), now
-        if self._left < 1:
+        if self._left < 1 - 1e-6:
             return False
         self._left -= 1
         return True
@@ -46,22 +46,25 @@ class Pace:
 class Progress:
     """A training run's voice.  ``console=None`` is silent (ranks other than 0, and tests); ``log`` is a file that everything is added to.
 
-    ``short`` says on the console what the file holds.  ``place`` is where the stage stands in the recipe, for the live view.
+    ``short`` says on the console what the file holds; ``quiet`` says nothing there and shows how far it is: for one of many short runs.
+    ``place`` is where the stage stands in the recipe, for the live view.
     """
 
     def __init__(
-        self, console: Console | None, title: str, num_steps: int, *, place: str = "", log: Path | None = None, short: bool = False
-    ):
+        self, console: Console | None, title: str, num_steps: int, *, place: str = "", log: Path | None = None, short: bool = False,
+        quiet: bool = False,
+    ):  # fmt: skip
         self.console = console
         self.title = title
         self.num_steps = num_steps
         self.place = place
         self.short = short
+        self.quiet = quiet
         self._path = log
         self._log: TextIO | None = None
         self._began = time.monotonic()
         self._view: View | None = None
-        self._pace = Pace()
+        self._pace = Pace(0 if quiet else BURST)
         self._rows: list[Mapping[str, Any]] = []
         self._step = 0
         self._doing, self._since = "", self._began
@@ -99,16 +102,17 @@ class Progress:
         self._remember(row)
         if self._view is not None:
             return
-        if self._pace.lets() or row["step"] == self.num_steps:
+        if self._pace.lets() or (row["step"] == self.num_steps and not self.quiet):
             self._print(line if self.short else f"{self.title}  {describe(row, self.num_steps)}")
-        elif not self._pace.held:
+        elif not self._pace.held and not self.quiet:
             self._pace.held = True
             self._print(f"(a line in {LINE_EVERY:g} s from here on; metrics.jsonl has every logged step)")
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self._write(text)
-        self._print(text)
+        if not self.quiet:
+            self._print(text)
 
     def note(self, text: str) -> None:
         """A line for the file, and for a console that shows what it holds."""
@@ -124,7 +128,7 @@ class Progress:
         if self._view is not None:
             self._view.stop()
             self._view = None
-            if self._rows:
+            if self._rows and not self.quiet:
                 self._print(f"{self.title}  {describe(self._rows[-1], self.num_steps)}")
 
     def _remember(self, row: Mapping[str, Any]) -> None:
@@ -163,6 +167,10 @@ class Progress:
             # A full disk must not end a run over a line that the metrics hold too.
             self._path = None
             self._print(f"WARNING: training.log is not written any more ({error})")
+
+
+Counting = Callable[[str, int | None], "Counter"]
+"""Unit and how many of it there are, if that is known -> what counts them."""
 
 
 class Counter:

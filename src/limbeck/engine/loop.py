@@ -98,6 +98,7 @@ class Trainer:
         console: Console | None = None,
         title: str = "train",
         place: str = "",
+        quiet: bool = False,
         identity: Mapping[str, str] | None = None,
         checkpoints: Path | None = None,
         beside_final: Callable[[Path], None] | None = None,
@@ -116,7 +117,7 @@ class Trainer:
         self.total = num_steps(loop, loader)
         first = self.world.rank == 0
         self.voice = Progress(
-            console if first else None, title, self.total, place=place,
+            console if first else None, title, self.total, place=place, quiet=quiet,
             log=folder / "training.log" if first else None, short=loop.log_form == "short",
         )  # fmt: skip
         self.checkpoint_folder = checkpoints or folder / "checkpoints"

@@ -42,10 +42,18 @@ class Judged:
     """Conditions in one forward pass."""
 
     @torch.no_grad()
-    def nll(self, ids: Sequence[int], columns: Mapping[str, Column], text_of: Mapping[int, int] | None = None) -> dict[str, np.ndarray]:
+    def nll(
+        self,
+        ids: Sequence[int],
+        columns: Mapping[str, Column],
+        text_of: Mapping[int, int] | None = None,
+        *,
+        done: Callable[[int], object] = lambda conditions: None,
+    ) -> dict[str, np.ndarray]:
         """Nats a token of each condition's test text under each column, ``[conditions]``.
 
-        ``text_of`` gives the condition whose text is read instead of a condition's own (a part of a mix).
+        ``text_of`` gives the condition whose text is read instead of a condition's own (a part of a mix).  ``done`` hears of
+        conditions as they are judged.
         """
         found: dict[str, list[float]] = {name: [] for name in columns}
         for start in range(0, len(ids), self.together):
@@ -53,6 +61,7 @@ class Judged:
             batch, owner_B = self._test_rows([(text_of or {}).get(i, i) for i in lot])
             for name, column in columns.items():
                 found[name] += self._losses(batch, owner_B, len(lot), column(lot))
+            done(len(lot))
         return {name: np.array(values) for name, values in found.items()}
 
     def _test_rows(self, ids: Sequence[int]) -> tuple[Batch, Tensor]:

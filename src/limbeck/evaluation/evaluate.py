@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from limbeck.config.parts.stages import EvaluateStageOptions
 from limbeck.data.dataset import TokenRows
 from limbeck.data.tokenizer import ordinary_ids
+from limbeck.engine.console import Counter, Counting
 from limbeck.engine.parallel import World
 from limbeck.errors import DataError, ModelError
 from limbeck.evaluation.decode import evaluating
@@ -47,6 +48,7 @@ def evaluate_models(
     teacher_name: str | None,
     *,
     progress: Callable[[str], None] = lambda line: None,
+    counting: Counting | None = None,
     world: World | None = None,
 ) -> dict[str, Any]:
     """Measure models beside each other; what the options leave out is absent from the result.
@@ -56,7 +58,8 @@ def evaluate_models(
 
     The student is the model named ``options.from_``, else the last one.  Load bfloat16 models with ``dtype=``: one loaded in
     float32 runs under autocast, right but slow.  Models are measured from the same rows, probes, prompts and draws, and decode
-    in turns; no global random state moves.  ``progress`` gets one line before each measure.
+    in turns; no global random state moves.  ``progress`` gets one line before each measure, and ``counting`` shows how far the long ones are (by default lines
+    through ``progress``).
 
     Raises:
         ModelError: ``teacher_name`` is not among the models.
@@ -68,6 +71,7 @@ def evaluate_models(
         raise DataError("there are no held-out rows to evaluate on: set data.held_out above 0, or give the stage other data")
     device = next(iter(models.values())).device
     world = world or World(device)
+    counting = counting or (lambda unit, total: Counter(progress, None, "evaluate", unit=unit, total=total))
     results: dict[str, Any] = {
         "student": options.from_ if options.from_ in models else list(models)[-1],
         "teacher": teacher_name,
@@ -79,11 +83,16 @@ def evaluate_models(
         leak_probe(model)
     with evaluating(models), _precision(models, options.precision, device):
         progress(f"  text: {results['setting']['rows']} held-out rows of {rows.sequence} tokens, {', '.join(models)}")
-        results |= _text_measures(models, rows, options.rows, tokenizer, teacher_name, world)
+        with counting("rows", min(options.rows, len(rows))) as counter:
+            results |= _text_measures(models, rows, options.rows, tokenizer, teacher_name, world, counter.add)
         if options.recall is not None:
             progress(f"  recall: {', '.join(options.recall.tasks)} at {', '.join(map(str, options.recall.distances))} tokens")
             ids = ordinary_ids(tokenizer)
-            results["recall"] = {name: recall(model, options.recall, ids, seed=options.seed, world=world) for name, model in models.items()}
+            probes = len(models) * len(options.recall.tasks) * len(options.recall.distances) * options.recall.rows
+            with counting("probes", probes) as counter:
+                results["recall"] = {
+                    name: recall(model, options.recall, ids, seed=options.seed, world=world, done=counter.add) for name, model in models.items()
+                }
         if options.speed is not None and world.rank == 0:
             contexts = options.speed.contexts
             progress(f"  decode rate and cache: {options.speed.tokens} tokens at {', '.join(map(str, contexts))}")
@@ -144,6 +153,7 @@ def _text_measures(
     tokenizer: PreTrainedTokenizerBase,
     teacher_name: str | None,
     world: World,
+    done: Callable[[int], object],
 ) -> dict[str, Any]:
     """Cross-entropy and divergence from one forward pass of each model a batch, the teacher's first."""
     entropy = {name: CrossEntropyTally() for name in models}
@@ -161,6 +171,7 @@ def _text_measures(
                 teacher = hidden_BTD, head
             elif teacher is not None:
                 divergence[name].add(hidden_BTD, head, *teacher, batch.label_mask_BT)
+        done(len(batch.input_ids_BT) * world.size)
     num_bytes = int(world.sum(torch.tensor(num_bytes)))
     perplexities = {name: tally.over(world).result(num_bytes) for name, tally in entropy.items()}
     divergences = {

@@ -6,6 +6,7 @@ Plain perplexity hardly moves when a hybrid loses its retrieval layer; these do.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,19 @@ def probe_batch(task: str, distance: int, rows: int, ids: np.ndarray, *, seed: i
 
 
 @torch.no_grad()
-def recall(model: PreTrainedModel, options: RecallOptions, ids: np.ndarray, *, seed: int = 0, world: World | None = None) -> list[dict[str, Any]]:
+def recall(
+    model: PreTrainedModel,
+    options: RecallOptions,
+    ids: np.ndarray,
+    *,
+    seed: int = 0,
+    world: World | None = None,
+    done: Callable[[int], object] = lambda rows: None,
+) -> list[dict[str, Any]]:
     """Greedy accuracy and cross-entropy at the asked tokens, one row a task and distance; of several ranks each runs its share of the rows.
 
     ``ids`` are the tokenizer's ordinary ones.  The head meets the answer positions only.  ``count`` is the number of asked
-    tokens, ``length`` the tokens of a probe row.
+    tokens, ``length`` the tokens of a probe row.  ``done`` hears of rows as they are measured, over all ranks.
     """
     ids, results = ids[: options.vocabulary], []
     world = world or World(model.device)
@@ -55,6 +64,7 @@ def recall(model: PreTrainedModel, options: RecallOptions, ids: np.ndarray, *, s
             for part in parts[world.rank :: world.size]:
                 part = part.to(model.device)
                 tally.add(forward_packed(model, part), head_of(model), part.labels_BT)
+                done(len(part.input_ids_BT) * world.size)
             found = tally.over(world).result()
             results.append(
                 {

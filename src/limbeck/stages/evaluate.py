@@ -111,7 +111,9 @@ def _measure(
     for name, model in models.items():
         check_vocabulary(tokenizer, model, who=f"model '{name}'")
         model.requires_grad_(False).eval().to(world.device)
-    results = evaluate_models(models, TokenRows(data_folder, "held_out"), options, tokenizer, teacher, progress=context.say, world=world)
+    results = evaluate_models(
+        models, TokenRows(data_folder, "held_out"), options, tokenizer, teacher, progress=context.say, counting=context.counting, world=world
+    )
     context.once(lambda: write_json(context.folder / "evaluation" / "evaluation.json", results))
     return results
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,17 +198,21 @@ class EvaluateAdaptersStage:
             NEAREST: lambda ids: self._teacher([near[i] for i in ids]),
             TEACHER: self._teacher,
         }
-        nll = self.judged.nll(ids, fixed)
+        nll = self._losses(ids, fixed)
         context.say(f"  {len(ids)} conditions: base {nll[BASE].mean():.4f}, their own teachers {nll[TEACHER].mean():.4f} nats a token")
+    def _losses(self, ids: Sequence[int], columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
+        with self.context.counting("conditions", len(ids)) as counter:
+            return self.judged.nll(ids, columns, done=counter.add)
+
         retrieved = {name: column for stage in options.predictors for name, column in self._retrieved(stage, ids).items()}
-        nll |= self.judged.nll(ids, retrieved) if retrieved else {}
+        nll |= self._losses(ids, retrieved) if retrieved else {}
         reading = [name for name, student in self.generators.items() if student.options.condition != "none"]
         first: dict[str, Column] = {**fixed, **retrieved}
         for draw in range(options.draws):
             columns = {name: self._generated(name, draw) for name in self.generators if draw == 0 or name in reading}
             columns |= {f"{name}, shuffled": self._generated(name, draw, shuffled) for name in reading}
             first |= columns if draw == 0 else {}
-            for name, values in self.judged.nll(ids, columns).items():
+            for name, values in self._losses(ids, columns).items():
                 weight = options.draws if name.removesuffix(", shuffled") in reading else 1
                 nll[name] = nll.get(name, 0) + values / weight
         numbers = self._numbers(ids, {name: column for name, column in first.items() if name != BASE})

@@ -65,7 +65,7 @@ def export_gguf(
     if origin.about.get("forced"):
         about |= _damage(folder, origin, wanted, held_out(), say)
     name = folder.parent.name if folder.name == "model" else folder.name
-    written = write_gguf(origin.weights, out, tokenizer, wanted, name=name, about=about, source=str(folder))
+    written = write_gguf(origin.weights, out, tokenizer, wanted, name=name, about=about, source=str(folder), say=say)
     for line in (*size_lines(written.manifest["sizes"]), *(f"note: {note}" for note in written.notes)):
         say(f"  {line}")
     if options.verify:

@@ -31,7 +31,7 @@ from limbeck.evaluation.ranking.orders import (
     uniform_set,
 )
 from limbeck.evaluation.ranking.scoring import Score, Scoring, make_scoring
-from limbeck.evaluation.ranking.swaps import residuals, swapped, sweep
+from limbeck.evaluation.ranking.swaps import Sweep, residuals, swapped, sweep
 from limbeck.models.loading import fingerprint, load_model, load_tokenizer
 from limbeck.models.structure import attention_slot, decoder_layers
 from limbeck.records import sealed
@@ -208,8 +208,14 @@ class RankLayersStage:
             device=self.context.world.device,
         )
 
+            console=self.context.console,
+            place=self.context.place,
     def _mixed(self, score: Mapping[str, Any]) -> float:
         return Score.from_json(dict(score)).mixed(self.options.recall_weight)
+
+    def _sweep(self, model: Any, candidates: Mapping[Any, Mapping[int, Any]], scoring: Scoring) -> Sweep:
+        with self.context.counting("batches", len(scoring)) as counter:
+            return sweep(model, candidates, scoring, done=counter.add)
 
     # -- the methods -----------------------------------------------------------------------------------------------------
 
@@ -249,7 +255,7 @@ class RankLayersStage:
             candidates = {(layer,): {layer: self.attentions[layer]} for layer in extra}
             # Kept layers are softmax in the pass that all share, so that each candidate begins at its own layer.
             with swapped(self.student.model, {layer: self.attentions[layer] for layer in kept}):
-                return _swept(sweep(self.student.model, candidates, self.ranking_data), lambda layers: layers[-1])
+                return _swept(self._sweep(self.student.model, candidates, self.ranking_data), lambda layers: layers[-1])
 
         return self.ledger.get("restore/" + "-".join(map(str, kept)), work)
 
@@ -268,7 +274,7 @@ class RankLayersStage:
     def _replaced(self) -> dict[str, Any]:
         def work() -> dict[str, Any]:
             candidates = {(layer,): {layer: mixer} for layer, mixer in self.student.mixers().items()}
-            return _swept(sweep(self.base, candidates, self.ranking_data), lambda layers: layers[-1])
+            return _swept(self._sweep(self.base, candidates, self.ranking_data), lambda layers: layers[-1])
 
         return self.ledger.get("replace", work)
 
@@ -399,7 +405,7 @@ class RankLayersStage:
 
             def work() -> dict[str, Any]:
                 candidates = {layers: {index: self.attentions[index] for index in layers} for layers in sets}
-                return _swept(sweep(self.student.model, candidates, self.comparing_data), lambda layers: "-".join(map(str, layers)))
+                return _swept(self._sweep(self.student.model, candidates, self.comparing_data), lambda layers: "-".join(map(str, layers)))
 
             found = self.ledger.get("sets/" + digest(sets), work)
             return {layers: found["scores"]["-".join(map(str, layers))] for layers in sets}, found["tokens"]

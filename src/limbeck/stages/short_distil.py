@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from limbeck.config.parts.objectives import OBJECTIVES
 from limbeck.config.parts.stages import ShortDistilOptions, StudentOptions
@@ -69,11 +70,14 @@ class ShortDistil:
         identity: str,
         seed: int,
         device: torch.device,
+        console: Console | None = None,
+        place: str = "",
     ):
         self.options = options
         self.model_folder, self.rows, self.folder = model_folder, rows, folder
         self.recall_weight, self.identity = recall_weight, identity
         self.seed, self.device = seed, device
+        self.console, self.place = console, place
         local = LocalTeacherOptions(model=base, revision=revision)
         self._local = TEACHERS.build(local, base)
         self._teacher: RememberingTeacher | None = None
@@ -142,7 +146,10 @@ class ShortDistil:
             folder=folder,
             seed=self.seed,
             world=World(self.device),
+            console=self.console,
             title=name,
+            place=self.place,
+            quiet=True,
             identity={"candidate": self.identity},
         )
         result = trainer.run()

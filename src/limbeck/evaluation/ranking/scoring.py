@@ -103,6 +103,9 @@ class Scoring:
     def __iter__(self) -> Iterator[_Piece]:
         return iter(self.pieces)
 
+    def __len__(self) -> int:
+        return len(self.pieces)
+
     @torch.no_grad()
     def score(self, model: Any) -> Score:
         """One pass of a whole model, in evaluation mode."""

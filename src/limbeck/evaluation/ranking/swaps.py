@@ -7,7 +7,7 @@ not be continued).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +98,14 @@ def _continues(model: Any, batch: Batch, states: list[Tensor], final_BTD: Tensor
 
 
 @torch.no_grad()
-def sweep(model: Any, candidates: Mapping[Layers, Mapping[int, nn.Module]], scoring: Scoring) -> Sweep:
-    """Score the model with each candidate's modules in the place of its own.
+def sweep(
+    model: Any,
+    candidates: Mapping[Layers, Mapping[int, nn.Module]],
+    scoring: Scoring,
+    *,
+    done: Callable[[], object] = lambda: None,
+) -> Sweep:
+    """Score the model with each candidate's modules in the place of its own; ``done`` hears of each piece of ``scoring``.
 
     ``tokens`` counts a pass that begins at layer ``l`` of ``L`` as ``(L - l) / L`` of its tokens; the teacher's own pass over the
     scoring data is not in it.
@@ -123,6 +129,7 @@ def sweep(model: Any, candidates: Mapping[Layers, Mapping[int, nn.Module]], scor
                     end_BTD = continued(model, piece.batch, first, states[first])
                 tallies[layers].add(piece, end_BTD, head_of(model), scoring.teacher_head)
                 tokens += size * (num_layers - first) / num_layers
+            done()
     model.train(training)
     return Sweep({layers: tally.result() for layers, tally in tallies.items()}, baseline.result(), round(tokens), shared)
 

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from limbeck import __version__
+from limbeck.engine.console import Counter
 from limbeck.errors import ModelError, RunError
 from limbeck.export.gguf.architectures import architecture, keys, pieces
 from limbeck.export.gguf.packing import pack
@@ -43,9 +44,11 @@ class Written:
 
 
 def write_gguf(
-    weights: Weights, path: Path, tokenizer: Any, wanted: Precisions, *, name: str, about: Mapping[str, Any] | None = None, source: str = "tokenizer"
-) -> Written:
-    """Write ``path`` and ``path.json``; ``about`` goes into both (the manifest as it is, the file under ``limbeck.*``).
+    weights: Weights, path: Path, tokenizer: Any, wanted: Precisions, *, name: str, about: Mapping[str, Any] | None = None, source: str = "tokenizer",
+    say: Callable[[str], object] = lambda line: None,
+) -> Written:  # fmt: skip
+    """Write ``path`` and ``path.json``; ``about`` goes into both (the manifest as it is, the file under ``limbeck.*``).  ``say`` hears how far
+    it is, now and then.
 
     One tensor is in memory at a time.  Raises :class:`ModelError` for a model or type that a file cannot hold and :class:`RunError`
     for a place that cannot be written and a disk without room, all before anything has the final name.
@@ -64,8 +67,10 @@ def write_gguf(
         _check_room(path, predicted)
         with open(beside, "wb") as file:
             file.write(header)
-            for one in plan:
-                _write_tensor(file, one, weights)
+            with Counter(say, None, path.name, unit="tensors", total=len(plan)) as counter:
+                for one in plan:
+                    _write_tensor(file, one, weights)
+                    counter.add()
             file.flush()
             os.fsync(file.fileno())
         manifest = _manifest(path, beside, plan, notes, arch, about, predicted)
