@@ -2,6 +2,8 @@
 
 ``v(M)`` is read of a model on K probes and ``delta = v(M) - v(base)``, in fp32 (Delta Activations, Xu et al. 2025, with more ways of
 reading).  Measuring and matching share this code, so that a target and its prediction cannot mean different things.
+
+Shape legend: N adapters, K probes, T tokens, D width of the states, F numbers of a delta.
 """
 
 from __future__ import annotations

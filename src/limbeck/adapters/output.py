@@ -40,7 +40,7 @@ class AdaptedOutput:
 
 @dataclass(frozen=True)
 class PredictedOutput:
-    """What a student that predicts deltas gives: one for each row, ``[B, F]``.  No model runs with it."""
+    """What a student that predicts deltas gives: F numbers for each row, ``[B, F]``.  No model runs with it."""
 
     delta_BF: Tensor
 

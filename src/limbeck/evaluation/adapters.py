@@ -96,7 +96,7 @@ class Judged:
 
 
 def delta_numbers(found: Tensor, teacher: Tensor) -> dict[str, np.ndarray]:
-    """Cosine to the teacher's delta and size over its size, ``[N]`` each."""
+    """Cosine to the teacher's delta and size over its size, ``[N]`` each, of ``found [N, F]`` and ``teacher [N, F]``."""
     ratio = found.norm(dim=-1) / teacher.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     return {"delta_cosine": cosine_similarity(found, teacher, dim=-1).cpu().numpy(), "delta_ratio": ratio.cpu().numpy()}
 

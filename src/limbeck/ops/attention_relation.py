@@ -40,7 +40,7 @@ def relation_divergence(
 
 
 def regrouped(x_BTW: Tensor, heads: int) -> Tensor:
-    """``[B, heads, T, W / heads]``, each row of length 1 (a row of zeros stays one)."""
+    """Tokens W wide as ``[B, heads, T, W / heads]``, each row of length 1 (a row of zeros stays one)."""
     return F.normalize(x_BTW.unflatten(-1, (heads, -1)).transpose(1, 2), dim=-1)
 
 

@@ -1,7 +1,7 @@
 """A causal depthwise convolution over a few tokens that respects packed documents.
 
 It is written as a sum over the taps: kernels are 2-4 tokens wide, and a product a tap needs neither the channels-first
-layout nor the dense-mask tricks that a library convolution would.
+layout nor the dense-mask tricks that a library convolution would.  Shape legend: C channels, W taps.
 """
 
 from __future__ import annotations

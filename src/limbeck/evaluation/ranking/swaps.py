@@ -73,7 +73,7 @@ def _probe(model: Any) -> None:
 
 
 def continued(model: Any, batch: Batch, layer: int, hidden: Tensor) -> Tensor:
-    """Final hidden states ``[B, T, D]`` when ``hidden`` enters ``layer``; the layers below it do not run."""
+    """Final hidden states ``[B, T, D]`` when ``hidden [B, T, D]`` (or ``[B, T, S, D]`` of S streams) enters ``layer``; the layers below do not run."""
     below: Any = list(decoder_layers(model))[:layer]
 
     def through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

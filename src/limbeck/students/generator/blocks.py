@@ -79,7 +79,7 @@ class TransformerReader(nn.Module):
 
 
 class ConditionReader(nn.Module):
-    """Frozen states ``[N, S, C, D]`` of S texts and a mask ``[N, S, C]`` to latents ``[N, M, width]``.
+    """Frozen states ``[N, S, C, D]`` of S texts of C tokens and a mask ``[N, S, C]`` to latents ``[N, M, width]``.
 
     States are normalised first (some positions of a decoder are hundreds of times larger than the others), and one learned
     state that is always there stands for a condition without text.

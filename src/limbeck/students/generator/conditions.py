@@ -1,4 +1,7 @@
-"""Whose states a generator reads: the frozen base's own, or a sentence encoder's."""
+"""Whose states a generator reads: the frozen base's own, or a sentence encoder's.
+
+Shape legend: N conditions, S texts of each, C tokens of a text, D width of the states.
+"""
 
 from __future__ import annotations
 

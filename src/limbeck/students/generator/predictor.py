@@ -1,4 +1,7 @@
-"""Predicts the delta of a condition's adapter, for retrieval: no LoRA is generated."""
+"""Predicts the delta of a condition's adapter, for retrieval: no LoRA is generated.
+
+Shape legend: N conditions, S texts of each, C tokens of a text, D width of the states, F numbers of a delta.
+"""
 
 from __future__ import annotations
 
