@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import shlex
 import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -16,47 +14,38 @@ import yaml
 import limbeck.agentic as agentic
 from limbeck.config.load import load_recipe, load_text, shipped_recipes
 from limbeck.data.trajectories.trajectory import Reason
+from pages import ROOT, Page
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "agentic.md"
-BLOCK = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(language: str) -> list[tuple[int, str]]:
-    """Lines before each block of a language, and its code."""
-    text = PAGE.read_text(encoding="utf-8")
-    return [(text.count("\n", 0, block.start("code")), block["code"]) for block in BLOCK.finditer(text) if block["language"] == language]
+PAGE = Page("agentic.md")
 
 
 def test_python_of_the_page_runs() -> None:
     names: dict[str, object] = {"__name__": "page"}
-    for lines, code in blocks("python"):
-        exec(compile("\n" * lines + code, str(PAGE), "exec"), names)
+    for block in PAGE.blocks("python"):
+        exec(PAGE.compiled(block), names)
     metrics = names["metrics"]
     assert isinstance(metrics, dict) and metrics["loss"] < 1e-6 and metrics["grad_norm"] < 1e-3
 
 
 def test_commands_of_the_page_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [line.removeprefix("$ ") for _, code in blocks("console") for line in code.splitlines() if line.startswith("$ ")]
-    assert lines
-    for line in lines:
-        program, *words = shlex.split(line, comments=True)
-        assert program == "limbeck"
+    assert PAGE.commands("console")
+    for words in PAGE.commands("console"):
         monkeypatch.setattr(sys, "argv", ["limbeck", *words])
         with pytest.raises(SystemExit) as end:
             runpy.run_module("limbeck", run_name="__main__", alter_sys=True)
-        assert end.value.code in (0, None), line
+        assert end.value.code in (0, None), words
     assert "evaluate_agent" in capsys.readouterr().out
 
 
 def test_what_the_page_says_to_put_into_a_recipe_is_taken() -> None:
     main = load_recipe("agentic_lora").stages["main"].model_dump(mode="json", by_alias=True, exclude_unset=True)
-    for _, code in blocks("yaml"):
-        stage = {**main, "student": {"base": "builtin:code-2m"}, "data": {"source": "stdlib", "tokenizer": "builtin:code-2m"}, **yaml.safe_load(code)}
+    for block in PAGE.blocks("yaml"):
+        stage = {**main, "student": {"base": "builtin:code-2m"}, "data": {"source": "stdlib", "tokenizer": "builtin:code-2m"}, **yaml.safe_load(block.code)}
         load_text(json.dumps({"name": "page", "stages": {"main": stage}}), label="docs/agentic.md")
 
 
 def test_recipes_and_stages_that_the_page_names_exist() -> None:
-    text = PAGE.read_text(encoding="utf-8")
+    text = PAGE.text
     named = {word for word in re.findall(r"\bagentic_lora\w*", text)}
     assert named <= set(shipped_recipes()) and "agentic_lora_tiny" in named
     stages = load_recipe("agentic_lora").stages
@@ -67,8 +56,7 @@ def test_recipes_and_stages_that_the_page_names_exist() -> None:
 
 
 def test_the_page_lists_every_public_name_and_is_short() -> None:
-    text = PAGE.read_text(encoding="utf-8")
+    text = PAGE.text
     assert [name for name in agentic.__all__ if f"`{name}" not in text] == []
     assert text.count("\n") < 180
-    root = PAGE.parents[1]
-    assert all((root / "tests" / "unit" / name).exists() for name in ("test_gradient_flow.py", "test_zero_init.py"))
+    assert all((ROOT / "tests" / "unit" / name).exists() for name in ("test_gradient_flow.py", "test_zero_init.py"))

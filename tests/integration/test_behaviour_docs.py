@@ -14,10 +14,9 @@ import pytest
 
 import limbeck.behaviour as behaviour
 from behaviour_case import write_workspace
+from pages import Page
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "behaviour"
 PHASES = [f"phase_{name}" for name in ("0_baseline", "1_delta", "2_dataset", "3_differentiable", "4_multitask", "5_delta_only", "6_composition")]
-BLOCK = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# file: (?P<name>\S+)\n")
 
 
@@ -38,9 +37,9 @@ class Reader:
     def _perform(self, page: str) -> list[str]:
         run: list[str] = []
         names: dict[str, Any] = {"__name__": page}
-        text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
-        for block in BLOCK.finditer(text):
-            language, code = block["language"], block["code"]
+        shown = Page(f"behaviour/{page}.md")
+        for block in shown.blocks():
+            language, code, _ = block
             if language == "yaml":
                 if not (named := FILE.match(code)):
                     continue
@@ -50,9 +49,7 @@ class Reader:
                     if line.startswith("$ "):
                         command(line.removeprefix("$ "))
             elif language == "python":
-                # Line numbers of errors are the page's.
-                lines = "\n" * text.count("\n", 0, block.start("code"))
-                exec(compile(lines + code, str(DOCS / f"{page}.md"), "exec"), names)
+                exec(shown.compiled(block), names)
             else:
                 raise AssertionError(f"{page}: a block of {language or 'no language'}: write yaml, console or python")
             run.append(language)
@@ -88,13 +85,12 @@ def test_every_block_of_a_page_runs(reader: Reader, page: str) -> None:
 
 @pytest.mark.parametrize("page", ["index", *PHASES])
 def test_pages_are_short_and_their_links_lead_somewhere(page: str) -> None:
-    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
-    assert text.count("\n") < 120
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (DOCS / target).exists(), f"{page}: {target}"
+    shown = Page(f"behaviour/{page}.md")
+    assert shown.text.count("\n") < 120
+    assert [link for link in shown.links() if not (shown.path.parent / link).exists()] == []
 
 
 def test_the_index_lists_every_public_name_and_every_page() -> None:
-    text = (DOCS / "index.md").read_text(encoding="utf-8")
+    text = Page("behaviour/index.md").text
     assert [name for name in behaviour.__all__ if f"`{name}" not in text] == []
     assert [page for page in PHASES if f"({page}.md)" not in text] == []

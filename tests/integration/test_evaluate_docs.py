@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import click
@@ -13,20 +11,10 @@ import typer
 
 from harness_cases import TOKENIZER
 from limbeck.cli.app import app
+from pages import Page
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "evaluate.md"
-TEXT = PAGE.read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGE = Page("evaluate.md")
 VERBS: click.Group = typer.main.get_command(app)  # type: ignore[assignment]
-
-
-def blocks(language: str) -> list[str]:
-    return [block["code"] for block in BLOCK.finditer(TEXT) if block["language"] == language]
-
-
-def commands(language: str) -> list[list[str]]:
-    lines = [line.removeprefix("$ ").removeprefix("python -m ") for code in blocks(language) for line in code.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("limbeck ")]
 
 
 def test_what_the_page_runs_runs_on_the_files_that_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,19 +24,19 @@ def test_what_the_page_runs_runs_on_the_files_that_it_shows(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "next_word.yaml").write_text(*blocks("yaml"))
-    (tmp_path / "tasks" / "next_word.jsonl").write_text(*blocks("json"))
-    assert len(commands("console")) == 2 and Path(TOKENIZER).name == "code-2m"
-    for documents, words in zip((3, 2), commands("console"), strict=True):
+    (tmp_path / "tasks" / "next_word.yaml").write_text(*(block.code for block in PAGE.blocks("yaml")))
+    (tmp_path / "tasks" / "next_word.jsonl").write_text(*(block.code for block in PAGE.blocks("json")))
+    assert len(PAGE.commands("console")) == 2 and Path(TOKENIZER).name == "code-2m"
+    for documents, words in zip((3, 2), PAGE.commands("console"), strict=True):
         VERBS.main(words, standalone_mode=False)
         written = json.loads((tmp_path / "runs/evaluate/builtin-code-2m/evaluation/lm_eval.json").read_text())
         assert written["tasks"]["next_word"]["documents"] == documents
         assert written["tasks"]["next_word"]["metrics"]["acc,none"]["values"]["model"] == 1
     for key in (*written, *written["tasks"]["next_word"], *written["models"]["model"]):
-        assert f"`{key}" in TEXT, key
+        assert f"`{key}" in PAGE.text, key
 
 
-@pytest.mark.parametrize("words", commands("bash"), ids=" ".join)
+@pytest.mark.parametrize("words", PAGE.commands("bash"), ids=" ".join)
 def test_every_command_of_the_page_is_understood(words: list[str]) -> None:
     verb = VERBS.commands[words[0]]
     context = verb.make_context(words[0], list(words[1:]), resilient_parsing=False)

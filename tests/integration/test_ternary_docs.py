@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-from pathlib import Path
 
 import click
 import pytest
@@ -13,24 +11,19 @@ import typer
 from limbeck.cli.app import app
 from limbeck.config.load import load_recipe
 from limbeck.ternary import DistillTernary
+from pages import Page
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "ternary.md"
-TEXT = PAGE.read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGE = Page("ternary.md")
+TEXT = PAGE.text
 VERBS: click.Group = typer.main.get_command(app)  # type: ignore[assignment]
 
 
-def commands(language: str) -> list[list[str]]:
-    lines = [line.removeprefix("$ ") for block in BLOCK.finditer(TEXT) if block["language"] == language for line in block["code"].splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("limbeck ")]
-
-
-@pytest.mark.parametrize("words", commands("console"), ids=" ".join)
+@pytest.mark.parametrize("words", PAGE.commands("console"), ids=" ".join)
 def test_what_the_page_runs_runs(words: list[str]) -> None:
     VERBS.main(words, standalone_mode=False)
 
 
-@pytest.mark.parametrize("words", commands("bash"), ids=lambda words: words[0])
+@pytest.mark.parametrize("words", PAGE.commands("bash"), ids=lambda words: words[0])
 def test_what_the_page_would_start_is_understood(words: list[str]) -> None:
     verb = VERBS.commands[words[0]]
     verb.make_context(words[0], list(words[1:]))
@@ -56,8 +49,3 @@ def test_settings_that_the_page_names_exist() -> None:
         found = stage
         for word in path.split("."):
             found = found[int(word)] if word.isdigit() else getattr(found, word)
-
-
-def test_its_links_are_there() -> None:
-    for link in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (PAGE.parent / link).exists(), link
