@@ -53,7 +53,7 @@ def evaluate(
     \b
     limbeck evaluate runs/hybrid/distil
     limbeck evaluate runs/hybrid/distil --tasks arc_easy,mytasks/foo.yaml --against Qwen/Qwen3-0.6B
-    limbeck evaluate runs/lora-generator/generate --tasks mytasks/foo.yaml --condition "reverse a list"
+    limbeck evaluate runs/lora_generator/generate --tasks mytasks/foo.yaml --condition "reverse a list"
 
     Tasks are those of lm-evaluation-harness; every option from --include-path on goes with --tasks.
     """

@@ -32,7 +32,7 @@ def generate(
 
     \b
     limbeck generate runs/hybrid/distil --prompt "def main(" --tokens 64
-    limbeck generate runs/lora-generator/generate --condition "reverse a list" --prompt "def reverse(" --compare
+    limbeck generate runs/lora_generator/generate --condition "reverse a list" --prompt "def reverse(" --compare
 
     A LoRA generator reads a condition first, and its base writes with the LoRA.
     """

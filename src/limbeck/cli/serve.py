@@ -45,7 +45,7 @@ def serve(
 
     \b
     limbeck serve model.gguf --port 8000 --numa-aware
-    limbeck serve runs/lora-generator/generate --port 0
+    limbeck serve runs/lora_generator/generate --port 0
     LIMBECK_API_KEY=secret limbeck serve Qwen/Qwen3-0.6B --host 0.0.0.0 --dtype bfloat16
     curl http://localhost:8000/v1/chat/completions -H "Content-Type: application/json" \\
       -d '{"messages": [{"role": "user", "content": "Is 7 a prime?"}], "max_tokens": 500, "temperature": 0.7}'
