@@ -294,7 +294,8 @@ def says_shape(text: str, name: str) -> bool:
     # The name, at most a subscript of its own, and then the shape.
     if re.search(rf"{word}(?:\[[\w.]+\])?(?:``)?(?: |, | is | are | of shape )(?:``)?(?:\{{\w+: )?{SHAPE}", flat):
         return True
-    sentences = re.split(r"(?<=[.!?:;])\s+(?=[A-Z`*])|\s+(?=\w+: )", flat)
+    entries = re.split(r"\n(?=[ \t]+\*{0,2}\w+: )", text)
+    sentences = [one for entry in entries for one in re.split(r"(?<=[.!?:;])\s+(?=[A-Z`*])", " ".join(entry.split()))]
     return any(re.search(word, one) and re.search(r"\bscalars?\b|\bany shapes?\b", one) for one in sentences)
 
 
