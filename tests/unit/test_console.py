@@ -505,6 +505,17 @@ def test_readers_that_go_away_closed_outputs_and_old_terminals_end_nothing(how: 
     assert "\x1b" not in said and (how != "ascii" or "[a word] na?ve ? ?..." in said)
 
 
+def test_a_closed_output_is_not_the_number_of_the_next_file() -> None:
+    script = """
+        from limbeck.cli import app
+
+        app.app = lambda **given: sys.exit(open("/dev/null").fileno() < 3 or print("nowhere"))
+        app.main()
+    """
+    process = child(script, stderr=subprocess.PIPE, preexec_fn=lambda: (os.close(0), os.close(1)))
+    assert process.communicate(timeout=PATIENCE)[1] == "" and process.returncode == 0
+
+
 # -- no terminal ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -73,6 +74,17 @@ def _root(
     pass
 
 
+def _hold_descriptors() -> None:
+    """Put nothing in the place of a closed stdin, stdout or stderr (``>&-``): the next file would get its number, and what libraries print."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest number that is free is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
 def main() -> None:
     """Entry point of the console script."""
+    _hold_descriptors()
     app(prog_name="limbeck")
