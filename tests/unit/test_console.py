@@ -9,20 +9,17 @@ import json
 import os
 import pty
 import re
-import select
-import struct
 import subprocess
 import sys
 import termios
-import textwrap
-import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from limbeck.cli.console import say, terminal
@@ -30,10 +27,7 @@ from limbeck.engine import console as voices
 from limbeck.engine import screen
 from limbeck.engine.console import Counter, Progress, describe, frame
 from limbeck.engine.frame import count_frame, curve, printable
-
-ROOT = Path(__file__).resolve().parents[2]
-TERMINAL = {"TERM": "xterm-256color"}
-PATIENCE = 30.0
+from terminals import PATIENCE, ROOT, TERMINAL, Terminal, child
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -75,25 +69,32 @@ def test_a_frame_has_the_size_that_there_is(situation: str) -> None:
                 lines = drawn(frame(rows, **options, width=width, height=height, ascii_only=ascii_only), 400, 200)
                 assert 1 <= len(lines) <= height
                 # Cells, not characters: wide ones take two.
-                assert all(voices_cells(line) <= width for line in lines), (width, lines)
+                assert all(cell_len(line) <= width for line in lines), (width, lines)
                 assert not ascii_only or "".join(lines).isascii()
                 assert lines == drawn(frame(rows, **options, width=width, height=height, ascii_only=ascii_only), width, height)
 
 
-def voices_cells(line: str) -> int:
-    from rich.cells import cell_len
-
-    return cell_len(line)
-
-
-def test_a_frame_tells_what_a_person_asks_at_night() -> None:
+def at_night() -> list[str]:
+    """A frame of a run that is teacher-bound, at eight in the morning."""
+    zone = os.environ.get("TZ")
     os.environ["TZ"] = "UTC"
     time.tzset()
     try:
-        lines = drawn(frame(ROWS, title="distil", num_steps=1000, now=1.8e9, step=395, width=100, **SITUATIONS["full"]), 100, 24)
+        return drawn(frame(ROWS, title="distil", num_steps=1000, now=1.8e9, step=395, width=100, **SITUATIONS["full"]), 100, 24)
     finally:
         del os.environ["TZ"]
+        if zone is not None:
+            os.environ["TZ"] = zone
         time.tzset()
+
+
+def test_the_documentation_shows_the_view_as_it_is() -> None:
+    block = re.search(r"## What you see while it runs.*?```text\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None and block[1].splitlines() == at_night()
+
+
+def test_a_frame_tells_what_a_person_asks_at_night() -> None:
+    lines = at_night()
     assert lines[0].startswith("distil   stage 3 of 5") and lines[0].endswith(" 1h06m")
     assert lines[1].startswith("━━━━━") and lines[1].endswith("395/1,000   40%   1.62M tokens")
     assert lines[2].startswith("loss 0.2244   KL 0.0831 nats/token   agreement 91.2%   gradient 0.42   ")
@@ -142,142 +143,6 @@ def test_counted_work_has_a_frame_of_any_size_too() -> None:
 
 
 # -- a terminal that is one ----------------------------------------------------------------------------------------------
-
-
-class Emulator:
-    """What a terminal shows: enough of one for the sequences of a live view, with lines that are wrapped anew when it is resized."""
-
-    def __init__(self, width: int, height: int):
-        self.width, self.height = width, height
-        self.lines: list[str] = [""]
-        """All rows ever, the last ``height`` of which are on the screen."""
-        self.wraps: list[bool] = [False]
-        self.at = (0, 0)
-        self.cursor = True
-        self._rest = ""
-
-    def feed(self, text: str) -> None:
-        text, self._rest = self._rest + text, ""
-        for found in re.finditer(r"\x1b\[([?0-9;]*)([A-Za-z])|\x1b.*$|.", text, re.DOTALL):
-            if found[2]:
-                self._control(found[1], found[2])
-            elif found[0].startswith("\x1b"):
-                self._rest = found[0]
-            else:
-                self._put(found[0])
-
-    def _control(self, numbers: str, word: str) -> None:
-        y, x = self.at
-        if word == "A":
-            self.at = max(len(self.lines) - self.height, 0, y - int(numbers or 1)), x
-        elif word == "K":
-            assert numbers == "2", numbers
-            self.lines[y], self.wraps[y] = "", False
-        elif numbers == "?25":
-            self.cursor = word == "h"
-        else:
-            assert word == "m", (numbers, word)
-
-    def _put(self, character: str) -> None:
-        y, x = self.at
-        if character == "\r":
-            self.at = y, 0
-        elif character == "\n":
-            self._down(wrapped=False)
-        else:
-            assert character.isprintable(), repr(character)
-            if x == self.width:
-                self._down(wrapped=True)
-                y, x = self.at[0], 0
-            self.lines[y] = self.lines[y].ljust(x)[:x] + character + self.lines[y][x + 1 :]
-            self.at = y, x + 1
-
-    def _down(self, *, wrapped: bool) -> None:
-        y, x = self.at
-        self.wraps[y] = wrapped
-        if y + 1 == len(self.lines):
-            self.lines.append("")
-            self.wraps.append(False)
-        self.at = y + 1, 0 if wrapped else x
-
-    def resize(self, width: int, height: int) -> None:
-        """As terminals do: a line that is too long goes on in the next row, and comes back."""
-        whole: list[str] = []
-        joined, cursor = "", (0, self.at[1])
-        for y, (line, wrapped) in enumerate(zip(self.lines, self.wraps, strict=True)):
-            if y == self.at[0]:
-                cursor = len(whole), len(joined) + self.at[1]
-            joined += line
-            if not wrapped:
-                whole.append(joined)
-                joined = ""
-        self.width, self.height = width, height
-        self.lines, self.wraps = [], []
-        for number, line in enumerate(whole):
-            if number == cursor[0]:
-                self.at = len(self.lines) + max(0, cursor[1] - 1) // width, cursor[1] - max(0, cursor[1] - 1) // width * width
-            pieces = [line[i : i + width] for i in range(0, len(line), width)] or [""]
-            self.lines += pieces
-            self.wraps += [True] * (len(pieces) - 1) + [False]
-        # A screen with fewer rows loses empty ones below the cursor first.
-        while len(self.lines) > self.at[0] + 1 and not self.lines[-1]:
-            del self.lines[-1], self.wraps[-1]
-
-    def text(self) -> list[str]:
-        """Everything, long lines whole again."""
-        return "".join(line + ("" if wrapped else "\n") for line, wrapped in zip(self.lines, self.wraps, strict=True)).rstrip("\n").split("\n")
-
-
-class Terminal:
-    """A pseudo-terminal with an emulator at its other end."""
-
-    def __init__(self, width: int, height: int):
-        self.outer, self.inner = pty.openpty()
-        self.seen = ""
-        self.emulator = Emulator(width, height)
-        self.lock = threading.Lock()
-        self._closing = threading.Event()
-        self.size(width, height)
-        self._reading = threading.Thread(target=self._read, daemon=True)
-        self._reading.start()
-
-    def size(self, width: int, height: int) -> None:
-        with self.lock:
-            fcntl.ioctl(self.inner, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
-            self.emulator.resize(width, height)
-
-    def _read(self) -> None:
-        held = b""
-        while not self._closing.is_set():
-            if not select.select([self.outer], [], [], 0.05)[0]:
-                continue
-            with self.lock:
-                try:
-                    held += os.read(self.outer, 65536)
-                except OSError:  # closed at the other end
-                    return
-                text = held.decode(errors="ignore") if held[-1] < 128 else held.rpartition(b"\x1b")[0].decode(errors="ignore")
-                held = held[len(text.encode()) :]
-                self.seen += text
-                self.emulator.feed(text)
-
-    def wait(self, promise: Callable[[Emulator], bool]) -> None:
-        """Until the screen shows what is promised."""
-        end = time.monotonic() + PATIENCE
-        while True:
-            with self.lock:
-                if promise(self.emulator):
-                    return
-                assert time.monotonic() < end, "\n".join(self.emulator.text())
-            time.sleep(0.01)
-
-    def shows(self, word: str, times: int = 1) -> None:
-        self.wait(lambda emulator: "\n".join(emulator.text()).count(word) == times)
-
-    def close(self) -> None:
-        self._closing.set()
-        self._reading.join()
-        os.close(self.outer)
 
 
 @pytest.fixture
@@ -397,13 +262,6 @@ def test_a_job_in_the_background_of_a_shell_draws_nothing(tty: Terminal, monkeyp
 
 
 # -- a process of its own ------------------------------------------------------------------------------------------------
-
-
-def child(script: str, *words: str, **options: Any) -> subprocess.Popen[str]:
-    code = f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT / 'src')!r}]\n" + textwrap.dedent(script)
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
-    environment |= {"OMP_NUM_THREADS": "1", **TERMINAL, **options.pop("env", {})}
-    return subprocess.Popen([sys.executable, "-c", code, *words], env=environment, text=True, **options)
 
 
 def test_ctrl_c_in_a_real_run_saves_and_leaves_the_terminal_clean(tmp_path: Path) -> None:
