@@ -8,6 +8,7 @@ after it change it, as on the command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from os import PathLike
@@ -445,21 +446,20 @@ def export_model(
     """
     from pydantic import ValidationError
 
+    from limbeck.config.messages import complaints
     from limbeck.config.parts.stages import GgufOptions
     from limbeck.errors import RunError
+
+    options = {"type": type, "scale": scale, "group_size": group_size, "verify": verify, "force": force}
+    try:
+        gguf = GgufOptions.model_validate(options)
+    except ValidationError as error:
+        said = [re.sub(r"^(\w+):", lambda field: f"--{field[1].replace('_', '-')}:", line) for line in complaints(error, GgufOptions, options)]
+        raise RunError("; ".join(said)) from error
     from limbeck.stages.export import export_path
 
-    try:
-        gguf = GgufOptions.model_validate({"type": type, "scale": scale, "group_size": group_size, "verify": verify, "force": force})
-    except ValidationError as error:
-        problems = [f"{_flag(found['loc'])}{found['msg'].removeprefix('Value error, ')}" for found in error.errors()]
-        raise RunError("; ".join(problems)) from error
     place = None if output is None else Path(output)
     return export_path(str(path), to=to, output=place, dtype=dtype, prompts=prompt, gguf=gguf, say=say or _silent)
-
-
-def _flag(location: tuple[int | str, ...]) -> str:
-    return f"--{str(location[0]).replace('_', '-')}: " if location else ""
 
 
 def signals(folder: AnyPath) -> SignalStore:

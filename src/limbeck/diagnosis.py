@@ -122,15 +122,14 @@ def try_teacher(url: str, *, protocol: str = "limbeck", model: str | None = None
     from pydantic import ValidationError
 
     from limbeck.config.address import shown
-    from limbeck.config.messages import findings
+    from limbeck.config.messages import complaints
     from limbeck.config.parts.teachers import HttpTeacherOptions
 
     settings = {"url": url, "protocol": protocol, "model": model, "token_env": token_env}
     try:
         options = HttpTeacherOptions.model_validate(settings)
     except ValidationError as error:
-        found = findings(HttpTeacherOptions, settings, error.errors())
-        raise TeacherError("\n".join(f"{'.'.join(map(str, f.path))}: {f.message}" for f in found)) from None
+        raise TeacherError("\n".join(complaints(error, HttpTeacherOptions, settings))) from None
     from limbeck.teachers.http.teacher import HttpTeacher
 
     served = HttpTeacher(options)
@@ -305,6 +304,8 @@ def _matmul_rate(torch: Any, dtype: Any, size: int = 768, repeats: int = 3) -> f
 
 
 def _places() -> Iterator[Fact]:
+    from limbeck.planner.sources import hub_cache
+
     runs = _place("runs go here", Path.cwd())
     free = shutil.disk_usage(Path.cwd()).free
     problem = None

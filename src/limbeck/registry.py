@@ -64,7 +64,7 @@ class Registry:
         """The options class of a name; unknown names raise with the nearest known ones."""
         if name not in self._options:
             known = ", ".join(self)
-            raise LimbeckError(f"unknown {self.kind} '{name}'{did_you_mean(name, self)} known: {known}")
+            raise LimbeckError(f"unknown {self.kind} '{name}'{did_you_mean(name, self) or ';'} known: {known}")
         return self._options[name]
 
     def implementation(self, name: str) -> type:

@@ -156,11 +156,11 @@ class DnDTokenizer:
 
     def _check_adapters(self, adapters: Adapters) -> None:
         if adapters.spec.sites != self.spec.sites or adapters.spec.rank != self.spec.rank:
-            raise AdapterError("the adapters are of another spec than the tokeniser's: other Linears or another rank")
+            raise AdapterError("the adapters are of another spec than the tokeniser's, other Linears or another rank: make a tokeniser of theirs")
         for site in self.spec.sites:
             for factor, values in (("A", adapters.A[site.name]), ("B", adapters.B[site.name])):
                 if not values.isfinite().all():
-                    raise AdapterError(f"{factor} of {site.name} holds NaN or infinity: DnD's tokens use NaN for padding")
+                    raise AdapterError(f"{factor} of {site.name} holds NaN or infinity, and DnD's tokens use NaN for padding: leave this adapter out")
 
 
 def default_width(spec: AdapterSpec) -> int:

@@ -112,7 +112,7 @@ def _weights(adapters: Adapters, weights: Tensor | Sequence[float] | None, defau
     if table.ndim != 2 or table.shape[1] != len(adapters):
         raise AdapterError(f"weights are {list(table.shape[-1:])}, and there are {len(adapters)} adapters: one weight is needed for each")
     if not table.isfinite().all():
-        raise AdapterError("weights must be finite numbers")
+        raise AdapterError("weights must be finite numbers, one for each adapter; found an infinite one or NaN")
     return table
 
 

@@ -66,7 +66,7 @@ class Pool:
                 )
             lots.append(Adapters(lots[0].spec, lot.A, lot.B) if lots else lot)
         if not lots:
-            raise AdapterError(f"{self.folder}: there are no adapters in it")
+            raise AdapterError(f"{self.folder}: there are no adapters in it: run its train_adapters stage, or name another pool")
         return cat(lots)
 
     def of_conditions(self) -> dict[str, list[int]]:

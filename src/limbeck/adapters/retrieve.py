@@ -66,6 +66,6 @@ def _check(query: Tensor, keys: Tensor, k: int, temperature: float) -> None:
         raise AdapterError(f"temperature is {temperature:g}, and must be above 0")
     for what, rows in (("query", query), ("keys", keys)):
         if not rows.isfinite().all():
-            raise AdapterError(f"the {what} hold numbers that are not finite: an adapter among them is broken")
+            raise AdapterError(f"the {what} hold numbers that are not finite: leave out the adapter that is broken")
     if not keys.any():
-        raise AdapterError("all keys are zero: none of these adapters does anything")
+        raise AdapterError("all keys are zero, since none of these adapters does anything: name adapters that were trained")

@@ -98,7 +98,7 @@ def modules_of(model: nn.Module, spec: AdapterSpec) -> dict[str, list[nn.Linear]
                 )
             found[site.name].append(module)
     if not any(found.values()):
-        raise AdapterError("the adapter changes no Linear of this model")
+        raise AdapterError("the adapter changes no Linear of this model: it was made for another one")
     return found
 
 

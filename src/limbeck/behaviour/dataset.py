@@ -82,7 +82,10 @@ class DeltaAugmentedDataset(Dataset[Item]):
                 "prepare_conditions stage"
             )
         if self.deltas.record["base"]["fingerprint"] != self.pool.base["fingerprint"]:
-            raise AdapterError(f"{self.deltas.folder}: its deltas were measured on another base than that of the adapters in {self.pool.folder}")
+            raise AdapterError(
+                f"{self.deltas.folder}: its deltas were measured on another base than that of the adapters in {self.pool.folder}: "
+                "measure them again"
+            )
 
     @property
     def form(self) -> Form:

@@ -70,7 +70,7 @@ def merge(
 
 def retrieve(
     query: Annotated[Path, typer.Argument(metavar="QUERY", help="The adapter to look for.")],
-    pool: Annotated[list[Path], typer.Argument(metavar="POOL...", help="Adapters to rank.")],
+    pool: Annotated[list[Path], typer.Argument(metavar="POOL", help="Adapters to rank.")],
     k: Annotated[int | None, typer.Option("-k", help="How many to show; all by default.", show_default=False)] = None,
     temperature: Annotated[float, typer.Option(help="Of the softmax that makes weights of cosines.")] = 0.1,
 ) -> None:

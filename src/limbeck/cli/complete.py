@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import typer
 
 Candidates = list[tuple[str, str] | str]
+_WIDTH = 60
 
 
 def _quiet(offer: Callable[[typer.Context, str], Candidates]) -> Callable[..., Candidates]:
@@ -18,7 +21,7 @@ def _quiet(offer: Callable[[typer.Context, str], Candidates]) -> Callable[..., C
     @wraps(offer)
     def offered(ctx: Any, incomplete: str) -> Candidates:
         try:
-            return offer(ctx, incomplete)
+            return [word if isinstance(word, str) else (word[0], _line(word[1])) for word in offer(ctx, incomplete)]
         except Exception:
             return []
 
@@ -66,7 +69,8 @@ def stage_names(ctx: typer.Context, incomplete: str) -> Candidates:
 
 
 def _recipe_of(ctx: typer.Context) -> str:
-    return str(ctx.params.get("recipe") or ctx.params.get("what") or ctx.params.get("kind"))
+    # An option that still waits for its value stops typer before it has named the arguments.
+    return str(ctx.params.get("recipe") or ctx.params.get("what") or ctx.args[0])
 
 
 @_quiet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 import threading
@@ -89,6 +90,12 @@ def group_left() -> Iterator[None]:
         group = _group()
         if group is not None and before is None:
             leaving = threading.Thread(target=group.destroy_process_group, daemon=True)
+        except OSError as error:
+            if error.errno not in _MENDABLE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"limbeck: {where}{error.strerror}: {_MENDABLE[error.errno]}", err=True)
+            raise typer.Exit(USER_ERROR) from error
             leaving.start()
             leaving.join(_PATIENCE)
 

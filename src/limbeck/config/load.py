@@ -55,13 +55,15 @@ def find_recipe(path_or_name: str | Path) -> Path:
             return path
         if name in shipped:
             return shipped[name]
-        if path.is_dir():
-            raise RecipeError([Problem(name, "", "is a folder: name the recipe's file in it")])
+        folder = path.is_dir()
     except (OSError, ValueError) as error:
-        raise RecipeError([Problem(repr(name), "", f"cannot be read: {error}")]) from error
-    hint = did_you_mean(name.removesuffix(".yaml"), shipped) or ";"
-    message = f"no such file, and no shipped recipe of that name{hint} shipped: {', '.join(shipped)}"
-    raise RecipeError([Problem(name, "", message)])
+        raise RecipeError([Problem("", repr(name), f"cannot be read ({error}): name a recipe's file, or a shipped recipe")]) from error
+    if folder:
+        inside = [file.name for suffix in _SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
+        there = f": {', '.join(inside[:4])}" if inside else ", of which it has none that ends in .yaml"
+        raise RecipeError([Problem("", name, f"is a folder: name a recipe's file in it{there}")])
+    hint = did_you_mean(name.removesuffix(".yaml"), shipped) or f"; shipped: {', '.join(shipped)}"
+    raise RecipeError([Problem("", name, f"no such file, and no shipped recipe of that name{hint}")])
 
 
 def recipe_folder(path_or_name: str | Path) -> Path:
@@ -115,7 +117,7 @@ def _read(path: Path, problems: list[Problem]) -> str | None:
     try:
         return decode(path.read_bytes(), _label(path), problems)
     except OSError as error:
-        problems.append(Problem(_label(path), "", f"cannot be read: {error.strerror}"))
+        problems.append(Problem(_label(path), "", f"cannot be read ({error.strerror}): let yourself read it, or name another file"))
         return None
 
 

@@ -32,7 +32,7 @@ def load_plugin(name: str, base_dir: Path) -> None:
     if name.endswith(".py"):
         path = (base_dir / name).expanduser().resolve()
         if not path.is_file():
-            raise LimbeckError(f"plug-in file {name!r} does not exist: looked for {path}")
+            raise LimbeckError(f"plug-in file {name!r} does not exist: looked for {path}; name it as it lies beside the recipe")
         _guarded(f"plug-in file {name!r}", path, lambda: _import_file(path))
     else:
         _guarded(f"plug-in module {name!r}", None, lambda: import_module(name))

@@ -148,15 +148,15 @@ def reference_problems(edges: dict[str, list[tuple[str, str]]], kinds: dict[str,
                 message = f"stage {target!r} is of kind {kinds[target]}: name the train stage whose student has the mixers"
                 problems.append(Problem("", f"stages.{name}.{path}", message))
             elif (kind := kinds.get(target)) in _WITHOUT_MODEL and not path.startswith("data") and (kind, path) != ("prepare", "tokenizer.from"):
-                problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it makes no model"))
+                problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it makes no model; name a train stage"))
             elif kind in _WITHOUT_DATA and path == "data.from":
-                problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it prepares no data"))
+                problems.append(Problem("", f"stages.{name}.{path}", f"stage {target!r} is of kind {kind}: it prepares no data; name a prepare or train stage"))
     done: set[str] = set()
 
     def walk(name: str, trail: tuple[str, ...]) -> None:
         if name in trail:
             circle = " -> ".join([*trail[trail.index(name) :], name])
-            problems.append(Problem("", f"stages.{name}", f"stages refer to each other in a circle: {circle}"))
+            problems.append(Problem("", f"stages.{name}", f"stages refer to each other in a circle: {circle}; take one of these references out"))
         elif name not in done:
             for _, target in edges.get(name, ()):
                 walk(target, (*trail, name))

@@ -151,7 +151,7 @@ class Preparation:
     def _check_sides(self, source: Source, documents: dict[str, int]) -> None:
         left_out = f"; left out: {source.tally.words()}" if source.tally.counts else ""
         if not sum(documents.values()):
-            raise DataError(f"{source.title}: no documents{left_out}")
+            raise DataError(f"{source.title}: no documents{left_out}: give it text, or loosen what leaves documents out")
         if not documents["train"]:
             raise DataError(f"{source.title}: all {documents['held_out']} documents are held out: lower `held_out`{left_out}")
 
@@ -224,7 +224,7 @@ class Preparation:
             drawn.append(np.stack([np.full(len(documents), i), documents, lengths], axis=1))
         entries_N3 = np.concatenate(drawn)
         if not len(entries_N3):
-            raise DataError(f"max_tokens: {self.options.max_tokens} tokens are too few for this mixture ({split} has none)")
+            raise DataError(f"max_tokens: {self.options.max_tokens} tokens are too few for this mixture ({split} has none): raise it")
         entries_N3 = np.random.default_rng((self.options.seed, 2, at)).permutation(entries_N3)
         used, starts = self._write(split, (Entry(s, d, n, sides[s].made_up) for s, d, n in entries_N3.tolist()))
         documents_used = len(np.unique(entries_N3[:, :2], axis=0))

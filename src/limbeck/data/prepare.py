@@ -84,7 +84,7 @@ def _file_digest(path: Path) -> str:
         stat = path.stat()
         return _digest_once(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}): let yourself read it, or leave it out of the source") from error
 
 
 @lru_cache(maxsize=100_000)

@@ -134,7 +134,7 @@ def open_text(path: Path, encoding: str) -> io.TextIOBase:
     try:
         return opened(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}): let yourself read it, or leave it out of the source") from error
 
 
 def _is_valid(text: str) -> bool:

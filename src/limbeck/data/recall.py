@@ -125,7 +125,10 @@ def probe(
 def check_ids(ids: np.ndarray) -> None:
     """Recall documents need distinct ids to tell their parts apart."""
     if len(ids) < 32:
-        raise DataError(f"recall documents need at least 32 ordinary token ids, and the tokenizer has {len(ids)}")
+        raise DataError(
+            f"recall documents need at least 32 ordinary token ids, and the tokenizer has {len(ids)}: take another tokenizer, or leave "
+            "the source out"
+        )
 
 
 def _repeat(rng: np.random.Generator, ids: np.ndarray, size: int, gap: int) -> MadeUp:

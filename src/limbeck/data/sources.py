@@ -10,6 +10,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class StdlibSource(Source):
 
     options: StdlibSourceOptions
 
-    @property
+    @cached_property
     def root(self) -> Path:
         """The standard library's folder."""
         return Path(sysconfig.get_paths()["stdlib"])
@@ -77,7 +78,7 @@ class StdlibSource(Source):
             subfolders[:] = [name for name in subfolders if name not in self.options.exclude]
             found += [Path(folder) / name for name in names if name.endswith(".py")]
         if not found:
-            raise DataError(f"source 'stdlib': no *.py files under {self.root}: this Python comes without its library's source")
+            raise DataError(f"source 'stdlib': no *.py files under {self.root}: this Python comes without its library's source: name a source of kind text")
         return sorted(found, key=self.name_of)
 
     def documents(self) -> Iterator[Document]:

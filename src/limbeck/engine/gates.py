@@ -10,6 +10,7 @@ from limbeck.engine.metrics import loss_trace
 from limbeck.engine.parallel import World
 from limbeck.errors import RunError
 
+_WAYS_OUT = "train longer, change the learning rate, or take `stop_unless` out to go on all the same"
 
 def _mean(values: list[float]) -> float:
     finite = [v for v in values if math.isfinite(v)]  # skipped steps have no loss
@@ -24,8 +25,9 @@ def check_gate(metrics: Path, gate: StopUnless | None, world: World) -> float:
     first, last = _mean(trace[:tenth]), _mean(trace[-tenth:])
     if gate is not None and gate.loss == "decreases" and not last < first:
         raise RunError(
-            f"stop_unless.loss: the loss must decrease, and went from {first:.4f} (first tenth) to {last:.4f} (last tenth)"
+            f"stop_unless.loss: the loss must decrease, and went from {first:.4f} (first tenth) to {last:.4f} (last tenth): "
+            f"{_WAYS_OUT}"
         )
     if gate is not None and gate.below is not None and not last < gate.below:
-        raise RunError(f"stop_unless.below: the loss must end below {gate.below:g}, and its last tenth has mean {last:.4f}")
+        raise RunError(f"stop_unless.below: the loss must end below {gate.below:g}, and its last tenth has mean {last:.4f}: {_WAYS_OUT}")
     return last

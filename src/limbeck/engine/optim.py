@@ -41,7 +41,7 @@ def build_optimizer(groups: Groups, options: OptimOptions) -> torch.optim.Optimi
                 settings = {"lr": group.lr, "weight_decay": decay, "label": label, "peak_lr": group.lr, "full_decay": decay}
                 by_kind.setdefault(group.kind, []).append({"params": members, **settings, **_settings(group)})
     if not by_kind:
-        raise RunError("optim.groups claim no parameter: nothing would train")
+        raise RunError("optim.groups claim no parameter, so nothing would train: add a group with only a learning rate, or see what `student.train` names")
     parts: list[torch.optim.Optimizer] = []
     if adamw := by_kind.get("adamw"):
         devices = {p.device.type for g in adamw for p in g["params"]}

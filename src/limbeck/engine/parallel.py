@@ -209,11 +209,11 @@ def assert_sharded(module: nn.Module, world: World) -> None:
     local = total = 0
     for name, parameter in module.named_parameters():
         if not isinstance(parameter, DTensor):
-            raise RunError(f"{name} is not sharded over the {world.size} ranks although sharding was asked for")
+            raise RunError(f"{name} is not sharded over the {world.size} ranks although sharding was asked for: run with fewer ranks")
         local, total = local + parameter.to_local().numel(), total + parameter.numel()
     held = world.sum(torch.tensor([local], dtype=torch.int64)).item()
     if held != total:
-        raise RunError(f"the {world.size} ranks hold {held} numbers of a network of {total}: it is not sharded evenly")
+        raise RunError(f"the {world.size} ranks hold {held} numbers of a network of {total}, which is not sharded evenly: run with fewer ranks")
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ class Tasks:
     def __init__(self, names: Sequence[str], include: Sequence[Path] = ()):
         for folder in include:
             if not folder.is_dir():
-                raise RunError(f"--include-path {folder}: no such folder")
+                raise RunError(f"--include-path {folder}: no such folder: name one that has the tasks' YAML files")
         options: dict[str, Any] = {"include_path": [str(folder.resolve()) for folder in include] or None}
         files, wanted = _files(names)
         # The harness's own are some fifteen thousand files: read when ours do not do, by themselves or in what their groups name.
@@ -113,7 +113,7 @@ class Tasks:
             matches = {name: self.manager.match_tasks([name]) for name in wanted}
             unknown = [name for name, found in matches.items() if not found]
             if unknown and complete:
-                near = did_you_mean(unknown[0], self.manager.all_tasks)
+                near = did_you_mean(unknown[0], self.manager.all_tasks) or "; `limbeck lm_eval ls tasks` lists them"
                 raise RunError(f"--tasks {unknown[0]}: neither a task of the harness nor a *.yaml file{near}")
             self.specs = [*files, *dict.fromkeys(match for found in matches.values() for match in found)]
             if unknown:

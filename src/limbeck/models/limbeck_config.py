@@ -36,7 +36,7 @@ class LimbeckConfig(PreTrainedConfig):
         if not isinstance(section, dict) or not isinstance(section.get("base"), dict) or "surgery" not in section:
             raise ModelError(
                 "config.json has model_type 'limbeck' and no `limbeck` section with `base` and `surgery`: it was not "
-                "saved by Limbeck"
+                "saved by Limbeck; name a folder that was"
             )
         config_class, _ = student_classes(section["base"].get("model_type"))
         return config_class.from_dict(config_dict, **kwargs)

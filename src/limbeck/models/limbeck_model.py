@@ -135,7 +135,7 @@ def surgeries_of(config: Any) -> list[Any]:
     load_entry_points()
     section = getattr(config, "limbeck", None)
     if not isinstance(section, dict):
-        raise ModelError(f"{type(config).__name__} has no `limbeck` section, so there is no surgery to replay")
+        raise ModelError(f"{type(config).__name__} has no `limbeck` section, so there is no surgery to replay: name a student's folder")
     built = []
     for options in section["surgery"]:
         kind = options.get("kind")
@@ -186,11 +186,12 @@ def student_classes(model_type: str) -> tuple[type[LimbeckConfig], type[PreTrain
     """The generated config and model class of a base family, registered with transformers' Auto classes."""
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
-            f"base model type {model_type!r} is not known to transformers{did_you_mean(str(model_type), CONFIG_MAPPING.keys())}"
+            f"base model type {model_type!r} is not known to this "
+            f"transformers{did_you_mean(str(model_type), CONFIG_MAPPING.keys()) or '; a later release may know it'}"
         )
     base_config = CONFIG_MAPPING[model_type]
     if base_config not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"base model type {model_type!r} has no causal language model in transformers")
+        raise ModelError(f"base model type {model_type!r} has no causal language model in transformers: choose another base")
     base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     return _generate(base_config, base_model)
 

@@ -161,10 +161,10 @@ def load_config(source: str, revision: str | None = None) -> PreTrainedConfig:
 def _check_family(config: PreTrainedConfig, source: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{source}: '{config.model_type}' is an encoder-decoder; Limbeck uses decoder-only causal language models"
+            f"{source}: '{config.model_type}' is an encoder-decoder; Limbeck uses decoder-only causal language models, name one of those"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{source}: transformers has no causal language model for model type '{config.model_type}'")
+        raise ModelError(f"{source}: transformers has no causal language model for model type '{config.model_type}'; name a model that writes text")
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{source}: its weights are quantised; use the full-precision model it was made from")
     layers = getattr(config, "num_hidden_layers", None)
@@ -328,7 +328,7 @@ def _file_hash(path: Path) -> str:
     try:
         stat = path.stat()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ModelError(f"{path}: cannot be read ({error.strerror}): let yourself read it, or put an intact copy back") from error
     return _hash_once(str(path), stat.st_size, stat.st_mtime_ns)
 
 
@@ -433,7 +433,7 @@ def _check_own(folder: Path, file: Path) -> None:
 
 
 def _no_tokenizer(source: str) -> DataError:
-    return DataError(f"{source}: no tokenizer files in this folder (looked for {', '.join(TOKENIZER_FILES[:4])} ...)")
+    return DataError(f"{source}: no tokenizer files in this folder (looked for {', '.join(TOKENIZER_FILES[:4])} ...): save the tokenizer there too")
 
 
 def _names_tokenizer_class(path: Path) -> bool:
@@ -442,4 +442,4 @@ def _names_tokenizer_class(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error})") from error
+        raise DataError(f"{path}: is not JSON ({error}): download or save the folder again") from error

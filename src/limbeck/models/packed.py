@@ -149,7 +149,7 @@ def leak_probe(model: PreTrainedModel) -> None:
                 continue
             if not bool(hidden.isfinite().all()):
                 raise ModelError(
-                    f"{type(model).__name__}: its hidden states are not finite on a few plain tokens; the weights are damaged"
+                    f"{type(model).__name__}: its hidden states are not finite on a few plain tokens; the weights are damaged: download or save them again"
                 )
             if (hidden[0] - hidden[1]).abs().max() <= tolerance * hidden.abs().max():
                 break

@@ -118,11 +118,9 @@ def _by_short_name(source: str) -> dict[str, Any] | None:
 
 def _cached(source: str) -> Path | None:
     """The newest config.json of a hub name in the Hugging Face cache, which is only looked at."""
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         return None
-    found = list((hub / f"models--{source.replace('/', '--')}" / "snapshots").glob("*/config.json"))
+    found = list((hub_cache() / f"models--{source.replace('/', '--')}" / "snapshots").glob("*/config.json"))
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -156,7 +154,7 @@ class Chain:
             elif isinstance(getattr(options, "from_", None), str):
                 self._students[stage] = self.student(options.from_)
             else:
-                raise PlanError(f"stage '{stage}' is of kind {options.kind}: it makes no model")
+                raise PlanError(f"stage '{stage}' is of kind {options.kind}: it makes no model; name a train stage")
         return self._students[stage]
 
     def _trained(self, options: Any) -> Student:

@@ -137,7 +137,7 @@ def _json(path: Path) -> Any:
     try:
         return parse(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); set it aside and run its stage again") from error
+        raise CheckpointError(f"{path}: not JSON ({error}); set it aside and start its stage again") from error
 
 
 def became(results: dict[str, Any]) -> str:

@@ -32,7 +32,10 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
-        raise RunError(f"--host {host}: no such address here ({error.strerror or error})") from error
+        raise RunError(
+            f"--host {host}: no such address here ({error.strerror or error}): 127.0.0.1 is this machine alone, 0.0.0.0 every address "
+            "of it"
+        ) from error
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

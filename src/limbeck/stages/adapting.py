@@ -246,7 +246,10 @@ def entries_of(pool: Pool, conditions: ConditionSet) -> dict[int, list[int]]:
     found = {known[name]: numbers for name, numbers in pool.of_conditions().items() if name in known}
     if not found:
         names = ", ".join(list(pool.of_conditions())[:3])
-        raise RunError(f"{pool.folder}: none of its adapters belongs to one of these conditions (it has {names}, ...): it was trained on others")
+        raise RunError(
+            f"{pool.folder}: none of its adapters belongs to one of these conditions (it has {names}, ...), it was trained on others: "
+            "name the pool of these conditions"
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from limbeck.engine.lock import RunLock
 from limbeck.engine.parallel import World
 from limbeck.errors import RunError, did_you_mean
 from limbeck.stages.context import Say, StageContext
-from limbeck.stages.folder import StageFolder
+from limbeck.stages.folder import StageFolder, make_run_dir
 from limbeck.stages.rank_layers import RankLayersStage
 from limbeck.stages.run import stage_key
 
@@ -35,6 +35,7 @@ def run_candidate(
             raise RunError(
                 f"--candidate {candidate}: stage '{name}' needs stage '{needed}', which is not finished with this recipe: run --stage {needed} first"
             )
+    make_run_dir(run_dir)
     folder = run_dir / name
     own = folder / "candidates" / f"lock-{candidate}"
     own.mkdir(parents=True, exist_ok=True)

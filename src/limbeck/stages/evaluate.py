@@ -131,7 +131,8 @@ def evaluate_path(
     run_stage = path if (path / "stage.json").exists() else path.parent if (path.parent / "stage.json").exists() else None
     folder = path / "model" if (path / "model").is_dir() else path
     if not (folder / "config.json").exists():
-        raise RunError(f"{path}: neither a model folder (no config.json) nor a finished train stage of a run")
+        there = "neither a model folder (no config.json) nor a finished train stage of a run" if path.exists() else "is not there"
+        raise RunError(f"{path}: {there}: name RUN/STAGE of a train stage that has finished, or a model folder")
     options = EvaluateStageOptions.model_validate({"from": "model", "against": (), "recall": {"vocabulary": recall_vocabulary}})
     models: dict[str, Any] = {}
     teacher = None

@@ -60,14 +60,18 @@ class EvaluateAdaptersStage:
         stage = conditions_stage(context, getattr(context.stage_options(options.from_), "data", None))
         if stage is None:
             raise RunError(
-                f"stage '{context.name}': '{options.from_}' was not trained on the data of a prepare_conditions stage: it makes no adapters"
+                f"stage '{context.name}': '{options.from_}' was not trained on the data of a prepare_conditions stage and makes no "
+                "adapters: name a stage that was"
             )
         self.conditions: ConditionSet = open_conditions(context, stage)
         self.student = main = self._open(options.from_)
         self.generators = {options.from_: main, **{name: self._open(name, main) for name in options.against}}
         self.pool = open_pool(context, options.pool)
         if self.pool.base["fingerprint"] != main.base["fingerprint"]:
-            raise RunError(f"stage '{context.name}': pool {options.pool.from_!r} and generator {options.from_!r} are of different bases")
+            raise RunError(
+                f"stage '{context.name}': pool {options.pool.from_!r} and generator {options.from_!r} are of different bases: name a "
+                "pool of the generator's"
+            )
         self.entries = entries_of(self.pool, self.conditions)
         self.teachers = self.pool.adapters().to(context.world.device)
         # One injector a spec: generators and pool may differ in rank, and change the same Linears.
@@ -116,7 +120,10 @@ class EvaluateAdaptersStage:
         """The seen condition, other than itself, whose texts look most alike to the base."""
         seen = [i for i in self.conditions.split("seen") if i in self.entries]
         if len(seen) < 2:
-            raise RunError(f"stage '{self.context.name}': the control '{NEAREST}' needs two seen conditions with teachers, and there are {len(seen)}")
+            raise RunError(
+                f"stage '{self.context.name}': the control '{NEAREST}' needs two seen conditions with teachers, and there are "
+                f"{len(seen)}: train teachers for more of them"
+            )
         keys, queries = self._looks(seen), self._looks(ids)
         # All texts look alike in a mean state: what sets them apart is left.
         keys, queries = keys - keys.mean(0), queries - keys.mean(0)
@@ -143,14 +150,17 @@ class EvaluateAdaptersStage:
         folder = trained_model(self.context, stage)
         predictor = open_reader(self.context, Path(folder), self.conditions, dtype=torch.float32, beside=self.student).to(self.context.world.device)
         if not isinstance(predictor, DeltaPredictor):
-            raise RunError(f"stage '{self.context.name}': predictors: '{stage}' trained no delta_predictor")
+            raise RunError(f"stage '{self.context.name}': predictors: '{stage}' trained no delta_predictor: name a stage whose surgery is one")
         assert options.deltas is not None
         measured = MeasuredDeltas(self.context.artefact(options.deltas.from_, "deltas"))
         entries = [(i, entry) for i in self.conditions.split("seen") for entry in self.entries.get(i, [])]
         keys = measured.stacked([self.pool.entries[entry].name for _, entry in entries])
         if keys.shape[1] != predictor.size:
             other = f"those of '{options.deltas.from_}' have {keys.shape[1]}"
-            raise RunError(f"stage '{self.context.name}': '{stage}' predicts deltas of {predictor.size} numbers, {other}")
+            raise RunError(
+                f"stage '{self.context.name}': '{stage}' predicts deltas of {predictor.size} numbers, {other}: name the measure_deltas "
+                "stage that it learnt from"
+            )
         lots = [ids[start : start + options.together] for start in range(0, len(ids), options.together)]
         wanted = torch.cat([predictor.predict(self._texts(lot, 0)) for lot in lots]).cpu()
         chosen: dict[int, tuple[list[int], list[float]]] = {}
@@ -181,11 +191,18 @@ class EvaluateAdaptersStage:
             others = [c for c in chosen if c.split == condition.split and c.id != condition.id] or [c for c in chosen if c.id != condition.id]
             far = [c for c in others if c.source != condition.source and c.format != condition.format] or others
             if not far:
-                raise RunError(f"stage '{self.context.name}': there is one condition to judge, and the shuffled control needs another")
+                raise RunError(
+                    f"stage '{self.context.name}': there is one condition to judge, and the shuffled control needs another: judge more "
+                    "`splits`, or hold more out"
+                )
             found[condition.id] = far[int(generator.integers(len(far)))].id
         return found
 
     # -- judging -----------------------------------------------------------------------------------------------------------
+
+    def _losses(self, ids: Sequence[int], columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
+        with self.context.counting("conditions", len(ids)) as counter:
+            return self.judged.nll(ids, columns, done=counter.add)
 
     def _judge(self, chosen: list[Condition]) -> dict[str, Any]:
         context, options = self.context, self.options
@@ -200,10 +217,6 @@ class EvaluateAdaptersStage:
         }
         nll = self._losses(ids, fixed)
         context.say(f"  {len(ids)} conditions: base {nll[BASE].mean():.4f}, their own teachers {nll[TEACHER].mean():.4f} nats a token")
-    def _losses(self, ids: Sequence[int], columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
-        with self.context.counting("conditions", len(ids)) as counter:
-            return self.judged.nll(ids, columns, done=counter.add)
-
         retrieved = {name: column for stage in options.predictors for name, column in self._retrieved(stage, ids).items()}
         nll |= self._losses(ids, retrieved) if retrieved else {}
         reading = [name for name, student in self.generators.items() if student.options.condition != "none"]

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import CheckpointError
+from limbeck.errors import CheckpointError, RunError
 from limbeck.files import write_atomically
 from limbeck.records import parse
 

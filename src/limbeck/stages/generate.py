@@ -129,7 +129,7 @@ def texts_of(files: Sequence[Path]) -> list[str]:
         try:
             texts.append(path.read_text(encoding="utf-8").rstrip("\n"))
         except OSError as error:
-            raise RunError(f"--condition-file {path}: cannot be read ({error.strerror})") from error
+            raise RunError(f"--condition-file {path}: cannot be read ({error.strerror}): name a text file") from error
         except UnicodeDecodeError as error:
             raise RunError(f"--condition-file {path}: is no UTF-8 text (byte {error.start}): give a text file") from error
     return texts

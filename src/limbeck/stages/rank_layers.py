@@ -90,7 +90,7 @@ class RankLayersStage:
         """Distil and score one layer alone, into a ledger of its own; nothing else of the stage is done."""
         assert self.alone is not None
         if self.options.distil is None:
-            raise RunError(f"stage '{self.context.name}': only `ga_s2` has candidates to run alone, and the stage has no `distil`")
+            raise RunError(f"stage '{self.context.name}': only `ga_s2` has candidates to run alone, and the stage has no `distil`: run it without --candidate")
         if not 0 <= self.alone < self.num_layers:
             raise RunError(f"--candidate {self.alone}: no such layer; the model has layers 0 to {self.num_layers - 1}")
         self._candidate(self.alone, [])
@@ -112,7 +112,10 @@ class RankLayersStage:
         """The all-linear student, on the device."""
         model: Any = load_model(str(self.model_folder))
         if not hasattr(model.config, "limbeck"):
-            raise RunError(f"stage '{self.context.name}': the model of stage '{self.options.from_}' was not made by a surgery: it has no mixers")
+            raise RunError(
+                f"stage '{self.context.name}': the model of stage '{self.options.from_}' was not made by a surgery and has no mixers: "
+                "name a stage whose student is hybridized"
+            )
         student = Student(model.requires_grad_(False).eval().to(self.context.world.device))
         soft = sorted(set(range(len(decoder_layers(model)))) - set(student.mixers()))
         if soft:

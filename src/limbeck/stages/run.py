@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from limbeck.config.base import From
+from limbeck.config.messages import complaints
 from limbeck.config.parts.stages import STAGES, DataOptions
 from limbeck.config.plugins import load_plugin
 from limbeck.config.recipe import CONDITION_STAGES, Recipe, references, stage_order
@@ -37,7 +38,7 @@ from limbeck.files import sha256, write_atomically
 from limbeck.interrupts import Interrupts, held, interruptible
 from limbeck.models.loading import resolve_source
 from limbeck.stages.context import Say, StageContext
-from limbeck.stages.folder import EXIT_REASON, StageFolder, changed_fields, digest, read_object, write_json
+from limbeck.stages.folder import EXIT_REASON, StageFolder, changed_fields, digest, make_run_dir, read_object, write_json
 from limbeck.stages.provenance import surroundings
 
 HASHED_WHOLE = 64 * 2**20
@@ -77,7 +78,7 @@ def run_recipe(
     with interruptible() as interrupts:
         _own_kernels()
         world = connect(device)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_run_dir(run_dir)
         first = world.rank == 0
         run = _Run(recipe, run_dir, recipe_dir, world, unbroken(say) if first else _silent, console if first else None)
         with RunLock(run_dir if first else None), _end_recorded(run_dir if first else None, interrupts), world.watched():
@@ -148,7 +149,7 @@ def _silent(text: str) -> None:
 def prepare_recipe(recipe: Recipe, *, recipe_dir: Path, run_dir: Path | None = None, say: Say = print) -> Path:
     """Prepare the text of every stage of a recipe: no model is loaded, no GPU touched."""
     run_dir = (run_dir or Path("runs") / recipe.name).resolve()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_run_dir(run_dir)
     world = World(torch.device("cpu"))
     with interruptible() as interrupts, RunLock(run_dir), _end_recorded(run_dir, interrupts):
         run = _Run(recipe, run_dir, recipe_dir, world, say, None)
@@ -234,8 +235,7 @@ def grid_cells(options: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
         try:
             validated = STAGES.options(options.kind).model_validate(cell)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise RecipeError([f"grid {settings}: {'.'.join(map(str, first['loc']))}: {first['msg']}"]) from error
+            raise RecipeError([f"grid {settings}: {line}" for line in complaints(error, STAGES.options(options.kind), cell)]) from error
         yield (
             ",".join(f"{path.rsplit('.', 1)[-1]}={value}" for path, value in settings.items()).replace("/", "_"),
             settings,
@@ -414,7 +414,8 @@ def open_stage(path: Path) -> StageContext:
             load_plugin(plugin, recipe_dir)
         recipe = Recipe.model_validate(tree)
     except (ValidationError, LimbeckError, KeyError, TypeError, OSError) as error:
-        raise RunError(f"{run_dir}: not a run directory that this version can read ({error})") from error
+        why = complaints(error, Recipe, tree)[0] if isinstance(error, ValidationError) else error
+        raise RunError(f"{run_dir}: not a run directory that this version can read ({why}): name one that `limbeck run` made, or run it again") from error
     if path.name not in recipe.stages:
         raise RunError(f"{path}: the recipe of this run has no stage {path.name!r}; stages: {', '.join(recipe.stages)}")
     return StageContext(recipe, path.name, recipe.stages[path.name], path, run_dir, recipe_dir, World(torch.device("cpu")))

@@ -122,7 +122,10 @@ class Streams:
     def read(self, connection: Connection) -> Tensor:
         """What a sublayer sees, ``[B, T, D]``."""
         if self._write is not None:
-            raise ModelError("surgery.hyper_connections: two norms read the residual stream before anything is added to it")
+            raise ModelError(
+                "surgery.hyper_connections: two norms read the residual stream before anything is added to it: take the surgery out, "
+                "or another base"
+            )
         pre, post, res = connection(self.x_BTSD)
         self._write = post, res
         return mix(pre[..., None, :], self.x_BTSD).squeeze(-2).to(self.x_BTSD.dtype)
@@ -130,7 +133,10 @@ class Streams:
     def __add__(self, y_BTD: Tensor) -> Streams:
         """The streams after a sublayer that gave ``y``."""
         if self._write is None:
-            raise ModelError("surgery.hyper_connections: something is added to the residual stream that no norm has read")
+            raise ModelError(
+                "surgery.hyper_connections: something is added to the residual stream that no norm has read: take the surgery out, or "
+                "another base"
+            )
         post, res = self._write
         written = mix(res, self.x_BTSD) + post[..., None] * y_BTD[..., None, :]
         return Streams(written.to(self.x_BTSD.dtype), self.sublayers + 1)
@@ -168,7 +174,10 @@ class StreamLayer(_Module):
             hidden_states = hidden_states.unsqueeze(-2).expand(-1, -1, self.streams, -1)
         found = super().forward(Streams(hidden_states), *args, **kwargs)
         if not isinstance(found, Streams) or found.sublayers != 2:
-            raise ModelError(f"surgery.hyper_connections: {type(self).__name__} is no layer of two sublayers that each add to one residual stream")
+            raise ModelError(
+                f"surgery.hyper_connections: {type(self).__name__} is no layer of two sublayers that each add to one residual stream: "
+                "take the surgery out, or another base"
+            )
         return found.x_BTSD.mean(-2) if self.last else found.x_BTSD
 
 

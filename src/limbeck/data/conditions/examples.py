@@ -74,7 +74,7 @@ class Examples:
                 found.append(Example(document.name, "", piece, value, hashed))
         if not found:
             left_out = f"; left out: {self.tally.words()}" if self.tally.counts else ""
-            raise DataError(f"source {self.options.name!r} ({self.source.title}): no examples{left_out}")
+            raise DataError(f"source {self.options.name!r} ({self.source.title}): no examples{left_out}: give it more or longer text")
         return found
 
 
@@ -95,7 +95,10 @@ class _Columns(Source):
         ]
         self.readers, self.first = readers, readers[0]
         if isinstance(self.first, MadeUpSource):
-            raise DataError(f"source {options.name!r} of kind {options.source.kind!r} makes its text up: conditions are cut from real text")
+            raise DataError(
+                f"source {options.name!r} of kind {options.source.kind!r} makes its text up, and conditions are cut from real text: "
+                "name a source that reads some"
+            )
         self.parts: dict[str, tuple[str, str, str]] = {}
 
     @property

@@ -183,7 +183,10 @@ class ConditionSet:
         """
         known = {condition.name: condition for condition in self.conditions}
         if name not in known:
-            raise DataError(f"{self.folder}: no condition {name!r}{did_you_mean(name, known) or ''}")
+            raise DataError(
+                f"{self.folder}: no condition "
+                f"{name!r}{did_you_mean(name, known) or f'; there are {len(known)}, such as {next(iter(known), None)}'}"
+            )
         return known[name]
 
     def judged(self) -> list[int]:

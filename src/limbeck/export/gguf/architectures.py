@@ -48,10 +48,13 @@ class Piece:
 def architecture(config: Any) -> str:
     """llama.cpp's name of a config's family; one that cannot be written is a :class:`ModelError` with every reason."""
     if config.model_type not in ARCHITECTURES:
-        raise ModelError(f"GGUF: llama.cpp's form of '{config.model_type}' is not known here; known: {', '.join(ARCHITECTURES)}")
+        raise ModelError(f"GGUF: llama.cpp's form of '{config.model_type}' is not known here; known: {', '.join(ARCHITECTURES)}. `--to hf` writes any student")
     obstacles = _obstacles(config)
     if obstacles:
-        raise ModelError(f"GGUF: llama.cpp's {ARCHITECTURES[config.model_type]} cannot compute this model: {'; '.join(obstacles)}")
+        raise ModelError(
+            f"GGUF: llama.cpp's {ARCHITECTURES[config.model_type]} cannot compute this model: {'; '.join(obstacles)}. `--to hf` writes "
+            "any student"
+        )
     return ARCHITECTURES[config.model_type]
 
 
@@ -182,7 +185,7 @@ def pieces(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
             made = tuple(floats(make(torch.empty(shape, device="meta")), source).shape)
             found.append(Piece(name, source, made, kind_of(source), _full(name, made), make))
     if lost:
-        raise ModelError(f"GGUF: llama.cpp's {arch} has no place for {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}")
+        raise ModelError(f"GGUF: llama.cpp's {arch} has no place for {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''}. `--to hf` writes any student")
     if config.rope_parameters.get("rope_type") == "llama3":
         factors = llama3_factors(config)
         found.append(Piece("rope_freqs.weight", "", tuple(factors.shape), "norms and vectors", True, lambda _: factors))

@@ -142,7 +142,7 @@ def forced(origin: Origin, scale: Granularity, group: int | None) -> Origin:
     plan = plan_for(weights.shapes)
     chosen = {name for name in weights.shapes if precision_of(plan, name) == "ternary"}
     if not chosen:
-        raise ModelError("no weight of this model is a projection or an expert that could be ternary")
+        raise ModelError("no weight of this model is a projection or an expert that could be ternary: export it with --type bf16")
     torn = next((name for name in sorted(chosen) if group is not None and weights.shapes[name][-1] % group), None)
     if torn is not None:
         raise ModelError(f"--group-size {group}: the {weights.shapes[torn][-1]} inputs of {torn} are no multiple of it: give a divisor of them")

@@ -115,7 +115,10 @@ class FolderWeights:
         else:
             found = torch.stack([torch.cat([self._tensor(part) for part in expert]) for expert in parts])
         if tuple(found.shape) != self.shapes[name]:
-            raise ModelError(f"{self._folder}: {name} has shape {list(found.shape)} and its config says {list(self.shapes[name])}")
+            raise ModelError(
+                f"{self._folder}: {name} has shape {list(found.shape)} and its config says {list(self.shapes[name])}: download or save "
+                "the folder again"
+            )
         return found
 
     def _parts(self, name: str) -> list[list[str]]:
@@ -140,7 +143,10 @@ class FolderWeights:
             )
         left = sorted(name for name in set(self._files) - wanted if not _IGNORED.match(name))
         if left:
-            raise ModelError(f"{self._folder}: has {len(left)} tensors that a {self.config.model_type} does not, such as {left[0]}")
+            raise ModelError(
+                f"{self._folder}: has {len(left)} tensors that a {self.config.model_type} does not, such as {left[0]}: is its "
+                "config.json another model's?"
+            )
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def raise_for_status(reply: Reply, endpoint: str, secrets: Collection[str] = ())
 def _way_out(status: int) -> str:
     if status in (401, 403):
         return "\nname the environment variable that holds its token in `teacher.token_env`"
-    if status in (404, 405):
+    if status in (400, 404, 405, 422):
         return "\nis it the right `teacher.protocol` (limbeck, vllm, sglang, seed), and is the URL the server's root?"
     if status == 409:
         return "\nit is not the teacher that answered before: serve that one again, or begin a new run"

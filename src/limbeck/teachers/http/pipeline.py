@@ -317,10 +317,12 @@ class Pipeline:
         if policy == "abort":
             raised = TeacherError(f"the teacher at {self.shown} failed, and `on_failure: abort` stops the run: {fault}")
         else:
-            again = " with answers that cannot be right" if isinstance(fault, BadReply) else ""
+            strange = isinstance(fault, BadReply)
+            again = " with answers that cannot be right" if strange else ""
+            asked = f"is `teacher.protocol` right (now '{self.protocol.name}')?  If it is, " if strange else ""
             raised = TeacherError(
                 f"the teacher at {self.shown} has failed for {seconds:.0f} s{again}; the last time: {fault}\n"
-                "bring it back and start the run again: it goes on where it stopped (`teacher.patience` is how long it waits)"
+                f"{asked}bring it back and start the run again: it goes on where it stopped (`teacher.patience` is how long it waits)"
             )
         self.fail(raised)
         raise raised

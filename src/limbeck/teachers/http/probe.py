@@ -80,7 +80,17 @@ def unreachable(pipeline: Pipeline, fault: Exception) -> str:
         "vllm": "vllm serve MODEL --max-logprobs 128 --logprobs-mode raw_logprobs",
         "sglang": "python -m sglang.launch_server --model-path MODEL",
     }.get(pipeline.protocol.name)
-    mend = f"start it (`{start}`)" if start else "start it"
+    said = str(fault)
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        mend = "name the file with its authority's certificate in SSL_CERT_FILE (not read for this machine's own ports: take http there)"
+    elif "WRONG_VERSION_NUMBER" in said:
+        mend = "it speaks http, not https"
+    elif said.startswith(("ReadError", "RemoteProtocolError")):
+        mend = "something else listens there, or it speaks https"
+    elif "JSON" in said:
+        mend = "something else answers there"
+    else:
+        mend = f"start it (`{start}`)" if start else "start it"
     return (
         f"Failed to connect to teacher endpoint: {pipeline.shown}\n{fault}\n"
         f"{mend}, or correct `teacher.url` and `teacher.protocol` (now '{pipeline.protocol.name}'); "
@@ -236,7 +246,8 @@ def _tempered(pipeline: Pipeline, canary: TopKRows, temperatures: tuple[float, .
         kept = np.log(np.exp((logits - logits[:, :1]) / temperature).sum(1)) + logits[:, 0] / temperature
         same = column > 0 and np.allclose(canary.log_z_mZ[:, 0], canary.log_z_mZ[:, column], atol=1e-6)
         if same or (canary.log_z_mZ[:, column] < kept - 1e-3).any():
-            raise TeacherError(f"the teacher at {pipeline.shown} gives a partition sum at T = {temperature:g} that does not fit its logits")
+            raise TeacherError(f"the teacher at {pipeline.shown} gives a partition sum at T = {temperature:g} that does not fit its logits: "
+                "is `teacher.protocol` right, and are both sides of one release?")
     return "any: logZ of each temperature asked for"
 
 

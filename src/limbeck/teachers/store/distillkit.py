@@ -178,7 +178,7 @@ def read_parquet(source: Path, compression: Compression) -> Iterator[tuple[Ask, 
 
     paths = sorted(source.glob("*.parquet"), key=lambda path: (len(path.name), path.name))
     if not paths:
-        raise TeacherError(f"{source}: no *.parquet here")
+        raise TeacherError(f"{source}: no *.parquet here: name the folder that DistillKit wrote")
     for path in paths:
         file = parquet.ParquetFile(path)
         if lacking := set(COLUMNS) - set(file.schema_arrow.names):
@@ -204,10 +204,16 @@ def export_parquet(store: SignalStore, target: Path, *, compression: Compression
 
     identity = store.identity
     if 1.0 not in identity.temperatures:
-        raise TeacherError(f"{store.folder}: DistillKit's files hold T = 1, and the store has {list(identity.temperatures)}")
+        raise TeacherError(
+            f"{store.folder}: DistillKit's files hold T = 1, and the store has {list(identity.temperatures)}: capture with 1 among "
+            "`temperatures`"
+        )
     compression = compression or Compression(identity.vocabulary, identity.k, min(16, identity.k))
     if compression.k > identity.k:
-        raise TeacherError(f"{store.folder}: {identity.k} ids are stored, and the compression writes {compression.k}")
+        raise TeacherError(
+            f"{store.folder}: {identity.k} ids are stored, and the compression writes {compression.k}: capture with `k: "
+            f"{compression.k}`, or give a compression of fewer"
+        )
     column = identity.temperatures.index(1.0)
     target.mkdir(parents=True, exist_ok=True)
     byte_lists = arrow.list_(arrow.list_(arrow.uint8()))
