@@ -327,12 +327,6 @@ def _places() -> Iterator[Fact]:
     yield Fact("places", "hub", asked)
 
 
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads, by the rules of its documentation."""
-    home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
 def _nearest(path: Path) -> Path:
     """The path, or the first folder above it that is there."""
     return next(place for place in (path, *path.parents) if place.exists())

@@ -30,6 +30,11 @@ def _quiet(offer: Callable[[typer.Context, str], Candidates]) -> Callable[..., C
     return offered
 
 
+def _line(text: str) -> str:
+    """What stands beside a word: short, since it must not break, and without what shells and rich read as their own."""
+    return shorten(re.sub(r"[`'\"\[\]]", "", text), _WIDTH, placeholder=" …")
+
+
 @_quiet
 def recipe_names(ctx: typer.Context, incomplete: str) -> Candidates:
     """Shipped recipes.  Where none fits, the shell offers files."""

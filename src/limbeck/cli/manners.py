@@ -31,8 +31,29 @@ SECTIONS = {
 _TYPES = {"str": "TEXT", "int": "N", "float": "X", "path": "PATH", "file": "FILE", "dir": "FOLDER"}
 
 
+_MENDABLE = {
+    errno.ENOSPC: "free some space, or name a place on another disk; what was saved is whole, and the same command goes on",
+    errno.EDQUOT: "free some of your quota, or name another place; what was saved is whole, and the same command goes on",
+    errno.EACCES: "give yourself the right to it, or name another place",
+    errno.EPERM: "give yourself the right to it, or name another place",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENAMETOOLONG: "take a shorter name",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+}
+"""Errors of the system that come from anywhere, and their ways out.  Others would be our bugs."""
+
+
 class Verb(TyperCommand):
     """A verb whose help says ``RECIPE [KEY=VALUE]...`` and ``--port N``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words of a command line, with plainer words about values that do not fit."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            plain = error.message.removeprefix("Value error, ").replace("Input should be", "must be").replace("a valid integer", "a whole number").replace("a valid number", "a number")
+            error.message = plain.partition(", unable to parse")[0].replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+            raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Words of the usage line: braces say nothing that brackets do not."""
@@ -69,6 +90,12 @@ class Verbs(TyperGroup):
         except LimbeckError as error:
             typer.echo(f"limbeck: {error}" if "\n" not in str(error) else f"limbeck:\n{error}", err=True)
             raise typer.Exit(USER_ERROR) from error
+        except OSError as error:
+            if error.errno not in _MENDABLE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"limbeck: {where}{error.strerror}: {_MENDABLE[error.errno]}", err=True)
+            raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
             typer.echo("\nlimbeck: interrupted; the same command goes on where it stopped", err=True)
             raise typer.Exit(INTERRUPTED) from error
@@ -90,12 +117,6 @@ def group_left() -> Iterator[None]:
         group = _group()
         if group is not None and before is None:
             leaving = threading.Thread(target=group.destroy_process_group, daemon=True)
-        except OSError as error:
-            if error.errno not in _MENDABLE:
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            typer.echo(f"limbeck: {where}{error.strerror}: {_MENDABLE[error.errno]}", err=True)
-            raise typer.Exit(USER_ERROR) from error
             leaving.start()
             leaving.join(_PATIENCE)
 

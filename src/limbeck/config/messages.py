@@ -49,6 +49,12 @@ def findings(cls: type[BaseModel], data: Any, errors: Sequence[ErrorDetails]) ->
     return list(dict.fromkeys(_model(cls, data, [(e["loc"], e) for e in errors], ())))
 
 
+def complaints(error: ValidationError, cls: type[BaseModel], data: Any) -> list[str]:
+    """:func:`findings` of values that come from no file, a line each: the path, and what is wrong there."""
+    found = findings(cls, data, error.errors(include_url=False))
+    return [f"{'.'.join(map(str, one.path))}: {one.message}" if one.path else one.message for one in found]
+
+
 def show(value: Any) -> str:
     """A value as a recipe would write it, shortened."""
     try:

@@ -116,6 +116,12 @@ def _by_short_name(source: str) -> dict[str, Any] | None:
     return next((values for name, values in table().items() if name.split("/")[1].lower() == source.lower()), None)
 
 
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads, by the rules of its documentation."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+
+
 def _cached(source: str) -> Path | None:
     """The newest config.json of a hub name in the Hugging Face cache, which is only looked at."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):

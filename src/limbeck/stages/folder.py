@@ -26,6 +26,14 @@ from limbeck.records import parse
 EXIT_REASON = "exit_reason"
 
 
+def make_run_dir(path: Path) -> None:
+    """Make a run directory, or find it there; :class:`~limbeck.errors.RunError` for a place where none can be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path}: no run directory can be made there ({error.strerror}): name another place, with --run-dir") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a crash leaves the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
