@@ -342,11 +342,15 @@ PIPED = """
 """
 
 
-@pytest.mark.parametrize("how", ["head", "closed", "ascii"])
+@pytest.mark.parametrize("how", ["head", "closed", "full", "ascii"])
 def test_readers_that_go_away_closed_outputs_and_old_terminals_end_nothing(how: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     if how == "closed":
         options = {"stderr": subprocess.PIPE, "preexec_fn": lambda: os.close(1)}
+    if how == "full":
+        if not Path("/dev/full").exists():
+            pytest.skip("needs /dev/full, a disk without room")
+        options["stdout"] = open("/dev/full", "w")  # noqa: SIM115
     if how == "ascii":
         options["env"] = {"PYTHONIOENCODING": "ascii", "FORCE_COLOR": "1"}
     process = child(PIPED, str(tmp_path), **options)

@@ -37,12 +37,12 @@ def regardless(console: Console) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError):  # ValueError: the file was closed
-        _silence(console)
+        console.quiet = True
     except SystemExit as error:
         # rich's answer to a pipe that nobody reads any more.
         if not isinstance(error.__context__, BrokenPipeError):
             raise
-        _silence(console)
+        console.quiet = True
 
 
 def unbroken(say: Callable[[Any], object]) -> Callable[[Any], None]:
@@ -58,17 +58,6 @@ def unbroken(say: Callable[[Any], object]) -> Callable[[Any], None]:
             lost = True
 
     return told
-
-
-def _silence(console: Console) -> None:
-    console.quiet = True
-    with suppress(OSError, ValueError):
-        descriptor = console.file.fileno()
-        if descriptor in (1, 2):
-            # What Python holds back is written at the end of the process, which would then fail.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
 
 
 def put(console: Console, text: str) -> None:
