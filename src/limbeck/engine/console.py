@@ -125,10 +125,11 @@ class Progress:
         if self._log is not None:
             self._log.close()
             self._log = None
-        if self._view is not None:
-            self._view.stop()
+        if (view := self._view) is not None:
+            self.doing("")
+            view.stop()
             self._view = None
-            if self._rows and not self.quiet:
+            if self._rows and not self.quiet and not view.stays:
                 self._print(f"{self.title}  {describe(self._rows[-1], self.num_steps)}")
 
     def _remember(self, row: Mapping[str, Any]) -> None:

@@ -69,6 +69,9 @@ def put(console: Console, text: str) -> None:
 class View(Protocol):
     """Something that is drawn again and again between ``start`` and ``stop``."""
 
+    stays: bool
+    """Whether the last frame is still there afterwards."""
+
     def start(self) -> None:
         """Draw, and again from now on."""
         ...
@@ -114,6 +117,8 @@ class _Ticking:
 
 class TerminalView(_Ticking, RenderHook):
     """A few lines at the bottom of a terminal, erased when it is over.  What is printed meanwhile stands above them."""
+
+    stays = False
 
     def __init__(self, console: Console, draw: Draw):
         super().__init__(EVERY)
@@ -173,7 +178,9 @@ class TerminalView(_Ticking, RenderHook):
 
 
 class NotebookView(_Ticking):
-    """One output of a notebook cell, replaced in place; the last frame stays."""
+    """One output of a notebook cell, replaced in place."""
+
+    stays = True
 
     def __init__(self, draw: Draw, display: Any):
         super().__init__(NOTEBOOK_EVERY)
