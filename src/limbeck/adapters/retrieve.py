@@ -37,7 +37,7 @@ def retrieve(query: Array, keys: Array, k: int, temperature: float = 0.1) -> tup
 
 
 def nearest(query: Array, keys: Array) -> Array:
-    """The index of the key of largest cosine: ``[]`` for a query ``[D]``, ``[M]`` for ``[M, D]``."""
+    """The index in ``keys [N, D]`` of largest cosine: ``[]`` for a ``query [D]``, ``[M]`` for ``[M, D]``."""
     return retrieve(query, keys, 1)[0][..., 0]
 
 

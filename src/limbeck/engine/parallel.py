@@ -56,7 +56,7 @@ class World:
         return torch.stack(rows)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a CPU tensor over the ranks."""
+        """Sum over the ranks of ``values``, a CPU tensor of any shape."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.control)

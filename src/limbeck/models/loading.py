@@ -362,7 +362,7 @@ def save_model(
     """Write config, safetensors, generation config, tokenizer and chat template; complete or not at all.
 
     ``dtype`` is that of the saved parameters (a cast copy: the model is not touched; buffers keep theirs).  ``state_dict``
-    stands in for the model's own, for one that was gathered from shards.  The attention implementation is saved as
+    (tensors of any shape) stands in for the model's own, for one that was gathered from shards.  The attention implementation is saved as
     ``limbeck_attention``.
     """
     folder = Path(folder)

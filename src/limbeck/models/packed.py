@@ -104,7 +104,7 @@ def _unpacked(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def as_in_batch(model: PreTrainedModel, batch: Batch, seen: Tensor) -> Tensor:
-    """What a module inside gave for the tokens of a forward, ``[rows * length, W]`` or ``[rows, length, W]``, as ``[B, T, W]``.
+    """What a module inside gave for the tokens of a forward, ``seen [rows * length, W]`` or ``[rows, length, W]``, as ``[B, T, W]``.
 
     Not for what :func:`leak_probe` has not seen: the model has been run.
     """

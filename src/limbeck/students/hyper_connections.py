@@ -1,6 +1,6 @@
 """The surgery that gives a model several residual streams (mHC, arXiv 2512.24880; mHC-lite, arXiv 2601.05732).
 
-With streams ``X [S, D]`` at a token, every sublayer ``f`` (attention or MLP, its own norms included) becomes
+With S streams ``X [S, D]`` at a token, every sublayer ``f`` (attention or MLP, its own norms included) becomes
 
     X' = H_res X + h_post (outer) f(h_pre X)        H_res doubly stochastic, h_pre = sigmoid(.), h_post = 2 sigmoid(.)
 
@@ -169,7 +169,7 @@ class StreamLayer(_Module):
     last: bool
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``[B, T, D]`` or ``[B, T, S, D]`` to ``[B, T, S, D]``; from the last layer ``[B, T, D]``."""
+        """``hidden_states [B, T, D]`` or ``[B, T, S, D]`` to ``[B, T, S, D]``; from the last layer ``[B, T, D]``."""
         if hidden_states.ndim == 3:
             hidden_states = hidden_states.unsqueeze(-2).expand(-1, -1, self.streams, -1)
         found = super().forward(Streams(hidden_states), *args, **kwargs)

@@ -41,7 +41,7 @@ class Weights(Protocol):
 
 
 def as_it_is(name: str, weight: Tensor) -> Weight:
-    """The ``Ternarise`` of a model without ternary weights."""
+    """The ``Ternarise`` of a model without ternary weights: ``weight``, of any shape, itself."""
     return weight
 
 
