@@ -17,6 +17,7 @@ from adapter_bases import QWEN3_NEXT
 from adapter_cases import VOCABULARY, base_folder, changed_model, generating, recipe_on, run
 from condition_cases import TOKENIZER
 from families import stir, tiny_model
+from limbeck.api import generate
 from limbeck.cli.app import app
 from limbeck.config.parts.surgeries import HybridizeOptions
 from limbeck.data.conditions.store import ConditionSet
@@ -24,7 +25,7 @@ from limbeck.data.tokenizer import encode, prefix_ids
 from limbeck.models.limbeck_model import wrap_student
 from limbeck.models.loading import build_model, load_tokenizer, save_model
 from limbeck.stages.adapting import open_generator, static_adapter
-from limbeck.stages.generate import ADAPTED, BASE, Reads, continuations, generate_text
+from limbeck.stages.generate import ADAPTED, BASE, Reads, continuations
 from limbeck.stages.run import open_stage
 from limbeck.students.generator.student import GeneratorStudent
 
@@ -86,8 +87,7 @@ class Made:
         student.save(stage / "model", tokenizer_source=TOKENIZER)
 
     def text(self, stage: str = "reads", prompt: str = PROMPT, **more: Any) -> str:
-        found = Reads(more.pop("texts", ()), more.pop("named", None))
-        return "".join(generate_text(str(self.run / stage), prompt, tokens=TOKENS, reads=found, **more))
+        return generate(self.run / stage, prompt, tokens=TOKENS, condition=more.pop("texts", ()), **more)
 
     def conditions(self) -> ConditionSet:
         return ConditionSet(self.run / "conditions/conditions")
@@ -100,7 +100,7 @@ class Made:
         student.injector.remove()
         folder = self.home / "changed"
         save_model(changed_model(student.model, adapters, 0), folder, tokenizer_source=TOKENIZER)
-        return "".join(generate_text(str(folder), PROMPT, tokens=TOKENS))
+        return generate(folder, PROMPT, tokens=TOKENS)
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -121,10 +121,10 @@ def said(words: list[str]) -> str:
 
 def test_a_generator_before_its_first_step_writes_what_the_base_writes(made: Made) -> None:
     for drawn in ({}, {"temperature": 1.5, "seed": 3}):
-        base = "".join(generate_text(str(made.base), PROMPT, tokens=TOKENS, **drawn))  # type: ignore[arg-type]
+        base = generate(made.base, PROMPT, tokens=TOKENS, **drawn)  # type: ignore[arg-type]
         assert len(base) > TOKENS // 2
         for stage in ("reads", "static"):
-            assert "".join(generate_text(str(made.fresh / stage), PROMPT, tokens=TOKENS, **drawn)) == base  # type: ignore[arg-type]
+            assert generate(made.fresh / stage, PROMPT, tokens=TOKENS, **drawn) == base  # type: ignore[arg-type]
 
 
 def test_the_base_writes_as_if_its_weights_were_changed(made: Made) -> None:
@@ -165,7 +165,7 @@ def test_the_adapter_acts_in_its_own_steps_only(made: Made) -> None:
     for _ in range(TOKENS):
         for title, pieces in writers.items():
             found[title] += next(pieces, "")
-    base = "".join(generate_text(str(made.base), PROMPT, tokens=TOKENS))
+    base = generate(made.base, PROMPT, tokens=TOKENS)
     assert found == {ADAPTED: made.text(texts=[ASKED]), BASE: base} and found[ADAPTED] != base
     left = parts()
     next(left[ADAPTED])

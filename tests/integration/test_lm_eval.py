@@ -16,11 +16,11 @@ import torch
 from typer.testing import CliRunner
 
 from harness_cases import CHAT, CHOICES, saved, task_files
+from limbeck.api import generate
 from limbeck.cli.app import app
 from limbeck.errors import RunError
 from limbeck.export.native import write_native
 from limbeck.models.loading import load_model, load_tokenizer
-from limbeck.stages.generate import generate_text
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'limbeck[lm-eval]'")
 
@@ -153,7 +153,7 @@ def test_windows_of_all_texts_are_batched_by_length(home: Path, monkeypatch: pyt
 @pytest.mark.parametrize("kind", ["plain", "hybrid"])
 def test_what_is_written_is_what_generate_writes_up_to_the_first_stop(home: Path, kind: str) -> None:
     prompts = [start for start in STARTS if start]
-    whole = ["".join(generate_text(str(home / kind), prompt, tokens=12)) for prompt in prompts]
+    whole = [generate(home / kind, prompt, tokens=12) for prompt in prompts]
     stops = [whole[0][3:5], whole[1][-3:]]
     expected = []
     for text in whole:

@@ -16,6 +16,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from limbeck.api import generate
 from limbeck.cli.app import app
 from limbeck.config.fields import fields_of
 from limbeck.config.load import load_recipe, load_text, shipped_recipes
@@ -26,7 +27,6 @@ from limbeck.config.parts.stages import STAGES, DataOptions, LoopOptions, OptimO
 from limbeck.config.parts.teachers import TEACHERS
 from limbeck.needs import HeadHidden
 from limbeck.stages import folder
-from limbeck.stages.generate import generate_text
 from limbeck.stages.run import COSMETIC, run_recipe
 from limbeck.types import IGNORE, Batch, Head, Output, Signal
 from pages import DOCS, ROOT, Page
@@ -165,7 +165,7 @@ def test_the_recipe_with_the_plugins_of_the_page_runs_and_its_student_writes(plu
     del MIXERS._options["retention"], MIXERS._implementations["retention"]
     for name in [name for name in sys.modules if name.startswith("limbeck_plugin_")]:
         del sys.modules[name]
-    assert generate_text(str(run_dir / "distil"), "def f(", tokens=4)
+    assert isinstance(generate(run_dir / "distil", "def f(", tokens=4), str)
 
 
 def test_a_sum_of_the_page_is_the_sum_of_its_parts(plugins: Path) -> None:

@@ -106,11 +106,10 @@ def test_a_changed_stage_and_its_followers_are_stale_and_set_aside(finished: tup
 
 
 def test_a_hybrid_generates_from_the_command_lines_function(finished: tuple[Path, Path, list[str]]) -> None:
-    from limbeck.stages.generate import generate_text
+    from limbeck.api import generate
 
     _, run_dir, _ = finished
-    pieces = list(generate_text(str(run_dir / "distil"), "def main(", tokens=5))
-    assert all(isinstance(piece, str) for piece in pieces)
+    assert isinstance(generate(run_dir / "distil", "def main(", tokens=5), str)
 
 
 def test_evaluate_and_export_take_a_model_folder_and_a_checkpoint(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from adapter_cases import base_folder, generating, recipe_on, run
 from condition_cases import TOKENIZER
 from gguf_case import write_gguf
 from integration.serving import Serving, asking, serving, wait_for
+from limbeck.api import generate
 from limbeck.serve.openai.app import OpenAiService
 from limbeck.serve.openai.backend import Caller, Piece, Usage
 from limbeck.serve.openai.llama import LlamaBackend
@@ -28,7 +29,6 @@ from limbeck.serve.openai.questions import Question
 from limbeck.serve.openai.templates import PLAIN
 from limbeck.serve.openai.transformers import Speaker, TransformersBackend
 from limbeck.stages.adapting import open_generator
-from limbeck.stages.generate import Reads, generate_text
 from limbeck.stages.run import open_stage
 from limbeck.stages.serving import open_speaker
 
@@ -223,7 +223,7 @@ def test_a_folder_writes_what_generate_writes() -> None:
     backend = folder_backend()
     with service_of(backend) as (_, client):
         answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=24, temperature=0)
-        assert answer.choices[0].text == "".join(generate_text("builtin:code-2m", PROMPT, tokens=24))
+        assert answer.choices[0].text == generate("builtin:code-2m", PROMPT, tokens=24)
         with pytest.raises(openai.BadRequestError, match="nothing that this model's backend can do"):
             client.completions.create(model="tiny", prompt=PROMPT, frequency_penalty=1)
         with pytest.raises(openai.BadRequestError, match=r"chat_template_kwargs\.tokenize: is the server's business"):
@@ -246,7 +246,7 @@ def test_a_template_that_fails_is_a_refusal_however_it_fails(template: str) -> N
 
 def test_an_answer_keeps_the_space_that_its_tokenizer_takes_from_what_begins_a_text(stories260k: Path) -> None:
     prompt = "Once upon a"
-    assert "".join(generate_text(str(stories260k), prompt, tokens=8)).startswith(" time, there was")
+    assert generate(stories260k, prompt, tokens=8).startswith(" time, there was")
     backend = TransformersBackend(open_speaker(str(stories260k)), "stories")
     with service_of(backend) as (_, client):
         answer = client.completions.create(model="stories", prompt=prompt, max_tokens=8, temperature=0, logprobs=0)
@@ -517,10 +517,10 @@ def test_a_run_of_a_lora_generator_speaks_with_the_lora_of_the_first_user_turn(t
                 messages = [{"role": "system", "content": "s"}, {"role": "user", "content": first}]
                 answer = client.chat.completions.create(model=stage, messages=messages, max_tokens=10, temperature=0)
                 prompt = f"# system: s\n# user: {first}\n"
-                reads = Reads([first] if stage == "reads" else [])
+                reads = [first] if stage == "reads" else []
                 texts[first] = answer.choices[0].message.content
-                assert texts[first] == "".join(generate_text(str(home / stage), prompt, tokens=10, reads=reads))
-                assert texts[first] != "".join(generate_text(str(tmp_path / "base"), prompt, tokens=10)), "no adapter acted"
+                assert texts[first] == generate(home / stage, prompt, tokens=10, condition=reads)
+                assert texts[first] != generate(tmp_path / "base", prompt, tokens=10), "no adapter acted"
             if stage == "reads":
                 with pytest.raises(openai.BadRequestError, match="cannot read this conversation's first user turn"):
                     client.chat.completions.create(model=stage, messages=[{"role": "user", "content": ""}])

@@ -86,14 +86,6 @@ class Writer:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def generate_text(
-    path: str, prompt: str, *, tokens: int = 128, temperature: float = 0.0, seed: int = 0, reads: Reads | None = None
-) -> Iterator[str]:
-    """Continue a prompt; yields text as it is decoded.  ``temperature`` 0 is greedy."""
-    (pieces,) = continuations(path, prompt, tokens=tokens, temperature=temperature, seed=seed, reads=reads).values()
-    return pieces
-
-
 def continuations(
     path: str, prompt: str, *, tokens: int = 128, temperature: float = 0.0, seed: int = 0, reads: Reads | None = None, compare: bool = False
 ) -> dict[str, Iterator[str]]:
