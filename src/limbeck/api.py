@@ -201,13 +201,25 @@ def run(
     where = None if run_dir is None else Path(run_dir)
     return read_run(
         run_recipe(
-            loaded, recipe_dir=loaded.folder, run_dir=where, stage=stage, fresh=fresh, say=say or _silent, console=console, device=device
+            loaded,
+            recipe_dir=loaded.folder,
+            run_dir=where,
+            stage=stage,
+            fresh=fresh,
+            say=say or _silent,
+            console=console,
+            device=device,
         )
     )
 
 
 def run_candidate(
-    recipe: AnyPath | Recipe, candidate: int, *overrides: str, run_dir: AnyPath | None = None, stage: str | None = None, say: Say | None = None
+    recipe: AnyPath | Recipe,
+    candidate: int,
+    *overrides: str,
+    run_dir: AnyPath | None = None,
+    stage: str | None = None,
+    say: Say | None = None,
 ) -> None:
     """One layer as a candidate of a rank_layers stage, on its own: beside others, or on another machine (``limbeck explain rank_layers``).
 
@@ -219,7 +231,14 @@ def run_candidate(
     loaded = _to_run(recipe, overrides, say)
     from limbeck.stages.candidate import run_candidate as alone
 
-    alone(loaded, candidate, recipe_dir=loaded.folder, run_dir=None if run_dir is None else Path(run_dir), stage=stage, say=say or _silent)
+    alone(
+        loaded,
+        candidate,
+        recipe_dir=loaded.folder,
+        run_dir=None if run_dir is None else Path(run_dir),
+        stage=stage,
+        say=say or _silent,
+    )
 
 
 def _to_run(recipe: AnyPath | Recipe, overrides: Sequence[str], say: Say | None) -> Recipe:
@@ -243,11 +262,18 @@ def prepare(recipe: AnyPath | Recipe, *overrides: str, run_dir: AnyPath | None =
     loaded = load(recipe, *overrides)
     from limbeck.stages.run import prepare_recipe
 
-    return prepare_recipe(loaded, recipe_dir=loaded.folder, run_dir=None if run_dir is None else Path(run_dir), say=say or _silent)
+    return prepare_recipe(
+        loaded, recipe_dir=loaded.folder, run_dir=None if run_dir is None else Path(run_dir), say=say or _silent
+    )
 
 
 def quickstart(
-    directory: AnyPath = "runs/quickstart", *, train_teacher: bool = False, quick: bool = False, say: Say | None = None, console: Console | None = None
+    directory: AnyPath = "runs/quickstart",
+    *,
+    train_teacher: bool = False,
+    quick: bool = False,
+    say: Say | None = None,
+    console: Console | None = None,
 ) -> Run:
     """A real distillation on this machine, without downloads; ``train_teacher`` makes the teacher too, ``quick`` is a form of seconds.
 
@@ -259,7 +285,9 @@ def quickstart(
     from limbeck.report.run import read_run
     from limbeck.stages.quickstart import quickstart as distil
 
-    return read_run(distil(directory=Path(directory), train_teacher=train_teacher, quick=quick, say=say or _silent, console=console))
+    return read_run(
+        distil(directory=Path(directory), train_teacher=train_teacher, quick=quick, say=say or _silent, console=console)
+    )
 
 
 def compare(*runs: AnyPath, out: AnyPath | None = None, by: str = "tokens") -> Comparison:
@@ -282,7 +310,12 @@ def compare(*runs: AnyPath, out: AnyPath | None = None, by: str = "tokens") -> C
 
 
 def evaluate(
-    path: AnyPath, *, against: str | None = None, data: str | None = None, recall_vocabulary: int | None = None, say: Say | None = None
+    path: AnyPath,
+    *,
+    against: str | None = None,
+    data: str | None = None,
+    recall_vocabulary: int | None = None,
+    say: Say | None = None,
 ) -> dict[str, Any]:
     """Perplexity, divergence, recall, speed and samples of a model beside its teacher.
 
@@ -334,14 +367,23 @@ def evaluate_tasks(
         from limbeck.stages.harness import HarnessSettings
         from limbeck.stages.harness import evaluate_tasks as on_tasks
     except ModuleNotFoundError as error:
-        raise LimbeckError(f"{who}: lm_eval needs {error.name}, which is not installed: pip install 'limbeck[lm-eval]'") from error
+        raise LimbeckError(
+            f"{who}: lm_eval needs {error.name}, which is not installed: pip install 'limbeck[lm-eval]'"
+        ) from error
     settings = HarnessSettings(
         limit=limit, fewshot=fewshot, chat_template=chat_template, batch_size=batch_size, max_length=max_length, dtype=dtype
     )
     reads = Reads([*condition, *texts_of([Path(file) for file in condition_files])], named)
     where = None if out is None else Path(out)
     return on_tasks(
-        str(path), tasks, settings, include=[Path(folder) for folder in include], against=against, reads=reads, out=where, say=say or _silent
+        str(path),
+        tasks,
+        settings,
+        include=[Path(folder) for folder in include],
+        against=against,
+        reads=reads,
+        out=where,
+        say=say or _silent,
     )
 
 
@@ -363,7 +405,9 @@ def lm_eval(*words: str) -> None:
         cli_evaluate = import_module("lm_eval.__main__").cli_evaluate
         cli_evaluate()
     except ModuleNotFoundError as error:
-        raise LimbeckError(f"{who}: the harness needs {error.name} for this, which is not installed: pip install {error.name}") from error
+        raise LimbeckError(
+            f"{who}: the harness needs {error.name} for this, which is not installed: pip install {error.name}"
+        ) from error
     finally:
         sys.argv = before
 
@@ -392,7 +436,14 @@ def generate(
     A LoRA generator reads ``condition`` (texts), ``condition_files`` or its own data's condition ``named`` first, and by default the prompt.
     """
     (pieces,) = continuations(
-        path, prompt, tokens=tokens, temperature=temperature, seed=seed, condition=condition, condition_files=condition_files, named=named
+        path,
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        condition=condition,
+        condition_files=condition_files,
+        named=named,
     ).values()
     return "".join(pieces)
 
@@ -454,7 +505,10 @@ def export_model(
     try:
         gguf = GgufOptions.model_validate(options)
     except ValidationError as error:
-        said = [re.sub(r"^(\w+):", lambda field: f"--{field[1].replace('_', '-')}:", line) for line in complaints(error, GgufOptions, options)]
+        said = [
+            re.sub(r"^(\w+):", lambda field: f"--{field[1].replace('_', '-')}:", line)
+            for line in complaints(error, GgufOptions, options)
+        ]
         raise RunError("; ".join(said)) from error
     from limbeck.stages.export import export_path
 

@@ -77,7 +77,12 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """For ``limbeck doctor --json``."""
-        return {"ready": self.ready, "problems": self.problems, "advice": self.advice, "facts": [asdict(fact) for fact in self.facts]}
+        return {
+            "ready": self.ready,
+            "problems": self.problems,
+            "advice": self.advice,
+            "facts": [asdict(fact) for fact in self.facts],
+        }
 
 
 def doctor() -> Diagnosis:
@@ -152,13 +157,21 @@ def _machine() -> Iterator[Fact]:
     asked = os.environ.get("OMP_NUM_THREADS")
     words = f"{cores} of {os.cpu_count()}" + (f", of which the control group gives {quota:g}" if quota else "")
     too_many = asked is not None and asked.isdecimal() and int(asked) > cores
-    advice = f"OMP_NUM_THREADS={asked}, and there are {cores} cores: threads that wait for each other are slow; unset it" if too_many else None
+    advice = (
+        f"OMP_NUM_THREADS={asked}, and there are {cores} cores: threads that wait for each other are slow; unset it"
+        if too_many
+        else None
+    )
     yield Fact("machine", "cores", f"{words}; OMP_NUM_THREADS is {asked or 'not set'}", advice=advice)
     total, limit, free = machine_memory(), _memory_limit(), _memory_free()
     usable = min(x for x in (total, limit, free) if x is not None)
     words = f"{total / _GIB:.1f} GiB" + (f", {free / _GIB:.1f} free" if free is not None else "")
     words += f"; the control group allows {limit / _GIB:.1f} GiB" if limit is not None and limit < total else ""
-    low = f"{usable / _GIB:.1f} GiB of memory are usable: the quickstart takes about 1.5, larger models more" if usable < LOW_MEMORY else None
+    low = (
+        f"{usable / _GIB:.1f} GiB of memory are usable: the quickstart takes about 1.5, larger models more"
+        if usable < LOW_MEMORY
+        else None
+    )
     yield Fact("machine", "memory", words, advice=low)
 
 
@@ -235,7 +248,10 @@ def _packages() -> Iterator[Fact]:
             yield Fact("packages", package, "MISSING", problem=f"{package} is not installed: pip install limbeck")
         elif wanted := _unfit(package, found, asked):
             yield Fact(
-                "packages", package, f"{found}, asked for: {wanted}", problem=f"{package} {found} does not fit: pip install '{package}{wanted}'"
+                "packages",
+                package,
+                f"{found}, asked for: {wanted}",
+                problem=f"{package} {found} does not fit: pip install '{package}{wanted}'",
             )
         else:
             yield Fact("packages", package, found)
@@ -272,14 +288,23 @@ def _compute() -> Iterator[Fact]:
             slow = None if bf16 == "bfloat16" else f"cuda:{i} has no bfloat16 units: set loop.precision: float32"
             yield Fact("compute", f"cuda:{i}", words, advice=slow)
         if not triton:
-            yield Fact("compute", "triton", "none", advice="CUDA without triton: torch's own kernels are used, and flash-linear-attention cannot be")
+            yield Fact(
+                "compute",
+                "triton",
+                "none",
+                advice="CUDA without triton: torch's own kernels are used, and flash-linear-attention cannot be",
+            )
     else:
         yield Fact("compute", "cuda", "none: everything runs on the CPU", advice=_unseen_gpu(torch))
     yield Fact("compute", "linear attention", describe())
     rates = {dtype: _matmul_rate(torch, dtype) for dtype in (torch.float32, torch.bfloat16)}
     slower = rates[torch.bfloat16] < rates[torch.float32]
     hint = "set loop.precision: float32, bfloat16 is slower here" if slower else "keep loop.precision: bfloat16"
-    yield Fact("compute", "matmul", f"float32 {rates[torch.float32]:.0f}, bfloat16 {rates[torch.bfloat16]:.0f} GFLOP/s on the CPU: {hint}")
+    yield Fact(
+        "compute",
+        "matmul",
+        f"float32 {rates[torch.float32]:.0f}, bfloat16 {rates[torch.bfloat16]:.0f} GFLOP/s on the CPU: {hint}",
+    )
 
 
 def _unseen_gpu(torch: Any) -> str | None:
@@ -315,15 +340,25 @@ def _places() -> Iterator[Fact]:
         problem = f"only {free / _GIB:.1f} GiB are free in {Path.cwd()}: checkpoints of larger models will not fit; free some, or name another --run-dir"
     yield Fact("places", "this folder", runs, problem=problem)
     cache = hub_cache()
-    closed = None if os.access(_nearest(cache), os.W_OK) else f"{cache} cannot be written to, so nothing can be downloaded: set HF_HUB_CACHE to another folder"
+    closed = (
+        None
+        if os.access(_nearest(cache), os.W_OK)
+        else f"{cache} cannot be written to, so nothing can be downloaded: set HF_HUB_CACHE to another folder"
+    )
     yield Fact("places", "hub cache", _place("models and text of the hub", cache), advice=closed)
     try:
         temporary = Path(tempfile.gettempdir())
         yield Fact("places", "temporary", _place("TMPDIR", temporary))
     except FileNotFoundError:
-        yield Fact("places", "temporary", "none", problem="no folder for temporary files can be written to: set TMPDIR to one that can")
+        yield Fact(
+            "places", "temporary", "none", problem="no folder for temporary files can be written to: set TMPDIR to one that can"
+        )
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    asked = "offline (HF_HUB_OFFLINE): only what is in the cache is found" if offline else "asked when a recipe names a model or data of it"
+    asked = (
+        "offline (HF_HUB_OFFLINE): only what is in the cache is found"
+        if offline
+        else "asked when a recipe names a model or data of it"
+    )
     yield Fact("places", "hub", asked)
 
 

@@ -53,7 +53,11 @@ def parse(words: list[str]) -> None:
 @pytest.mark.parametrize("words", list(verbs()), ids=" ".join)
 def test_every_verb_shows_an_example_that_parses(words: tuple[str, ...]) -> None:
     lines = help_of(words).replace("\\\n", " ").splitlines()
-    examples = [line.strip() for line in lines if re.search(rf"(^|\s)limbeck {' '.join(words)}( |$)", line) and "Usage" not in line and "`" not in line]
+    examples = [
+        line.strip()
+        for line in lines
+        if re.search(rf"(^|\s)limbeck {' '.join(words)}( |$)", line) and "Usage" not in line and "`" not in line
+    ]
     assert examples
     for line in examples:
         known = shlex.split(line.partition(" > ")[0].partition(" & ")[0].removesuffix(" &").replace("*/", "x"))
@@ -102,7 +106,9 @@ print(json.dumps([found, sorted(heavy), "limbeck.config.recipe" in sys.modules])
 
 def completed(*lines: list[str]) -> tuple[list[list[str]], list[str], bool]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COMP_")}
-    done = subprocess.run([sys.executable, "-c", COMPLETE, json.dumps(lines)], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPLETE, json.dumps(lines)], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     found, heavy, schema = json.loads(done.stdout)
     return found, heavy, schema
@@ -110,7 +116,12 @@ def completed(*lines: list[str]) -> tuple[list[list[str]], list[str], bool]:
 
 def test_completion_of_words_loads_neither_torch_nor_the_schema() -> None:
     (verbs, options, recipes, nested), heavy, schema = completed(["re"], ["run", "--st"], ["run", "hybrid_s"], ["adapters", ""])
-    assert verbs == ["report"] and options == ["--stage"] and recipes == ["hybrid_select"] and nested == ["show", "merge", "retrieve"]
+    assert (
+        verbs == ["report"]
+        and options == ["--stage"]
+        and recipes == ["hybrid_select"]
+        and nested == ["show", "merge", "retrieve"]
+    )
     assert not heavy and not schema
 
 
@@ -145,9 +156,7 @@ def test_bash_offers_what_completion_finds(tmp_path: Path) -> None:
     program = tmp_path / "limbeck"
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "from limbeck.cli.app import main; main()" "$@"\n')
     program.chmod(0o755)
-    script = (
-        'eval "$(_LIMBECK_COMPLETE=source_bash limbeck)"; COMP_WORDS=(limbeck ls re); COMP_CWORD=2; _limbeck_completion limbeck; echo "${COMPREPLY[@]}"'
-    )
+    script = 'eval "$(_LIMBECK_COMPLETE=source_bash limbeck)"; COMP_WORDS=(limbeck ls re); COMP_CWORD=2; _limbeck_completion limbeck; echo "${COMPREPLY[@]}"'
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run([bash, "--norc", "-c", script], capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout.split() == ["recipes"], done.stderr
@@ -173,11 +182,16 @@ def test_bash_offers_what_completion_finds(tmp_path: Path) -> None:
         (["plan", "hybrid", "--config", "x"], "'x' is not NAME=FILE"),
         (["plan", "hybrid", "--config", "x=y"], "--config: y: no such file"),
         (["report", "file"], "file: not a run directory"),
-        (["export", "builtin:code-2m", "--output", "x.gguf", "--type", "tq9"], '--type: must be auto, tq2_0, tq1_0, q2_0, f32 or bf16; found "tq9"'),
+        (
+            ["export", "builtin:code-2m", "--output", "x.gguf", "--type", "tq9"],
+            '--type: must be auto, tq2_0, tq1_0, q2_0, f32 or bf16; found "tq9"',
+        ),
         (["doctor", "--teacher", "http://127.0.0.1:9", "--protocol", "grpc"], "protocol: must be limbeck, vllm, sglang or seed"),
     ],
 )
-def test_a_mistake_is_named_with_the_way_out(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_named_with_the_way_out(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "one.yaml").touch()
@@ -213,7 +227,13 @@ def test_the_page_names_every_environment_variable() -> None:
     table = page[page.index("## Environment variables") :]
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src" / "limbeck").rglob("*.py"))
     ours = set(re.findall(r"\bLIMBECK_[A-Z_]+\b", source))
-    flags = {name for command in ROOT_COMMAND.commands.values() for param in command.params for name in [param.envvar or ()] if isinstance(name, str)}
+    flags = {
+        name
+        for command in ROOT_COMMAND.commands.values()
+        for param in command.params
+        for name in [param.envvar or ()]
+        if isinstance(name, str)
+    }
     named = set(re.findall(r"`([A-Z][A-Z_]+)`", table))
     assert ours and flags and ours | flags <= named
     assert {name for name in named if name.startswith("LIMBECK_")} == ours

@@ -80,7 +80,15 @@ def show_adapters(folder: AnyPath) -> Shown:
         zeros = tuple(layer for layer, size in zip(adapter.spec.site(name).layers, sizes, strict=True) if size == 0)
         whole, least, mean, largest = (float(x) for x in (sizes.square().sum().sqrt(), sizes.min(), sizes.mean(), sizes.max()))
         sites.append(SiteNorms(name, whole, least, mean, largest, zeros))
-    return Shown(folder, read_base(folder), float(norms(adapter)[0]), broken, tuple(adapter.spec.table()), tuple(sites), read_provenance(folder))
+    return Shown(
+        folder,
+        read_base(folder),
+        float(norms(adapter)[0]),
+        broken,
+        tuple(adapter.spec.table()),
+        tuple(sites),
+        read_provenance(folder),
+    )
 
 
 def merge_adapters(
@@ -108,7 +116,12 @@ def merge_adapters(
     base = base or _shared_base(sources)
     pool = align([read_peft_file(folder) for folder in sources])
     merged = merge(pool, weights, method=method, rank=rank, density=density, seed=seed)
-    story = {"merged": [str(folder) for folder in sources], "method": method, "weights": weights or "default", "rank": merged.adapters.spec.rank}
+    story = {
+        "merged": [str(folder) for folder in sources],
+        "method": method,
+        "weights": weights or "default",
+        "rank": merged.adapters.spec.rank,
+    }
     if method in ("ties", "dare_linear", "dare_ties"):
         story |= {"density": density} if method == "ties" else {"density": density, "seed": seed}
     as_parameters = {path for folder in sources for path in read_as_parameters(folder)}
@@ -133,9 +146,13 @@ def retrieve_adapters(query: AnyPath, pool: Sequence[AnyPath], *, k: int | None 
     sizes = norms(lots)
     broken = [str(folder) for folder, size in zip(everybody, sizes, strict=True) if not size.isfinite()]
     if broken:
-        raise AdapterError(f"{', '.join(broken)}: the numbers are not finite, so there is nothing to compare; `limbeck adapters show` says in which factors")
+        raise AdapterError(
+            f"{', '.join(broken)}: the numbers are not finite, so there is nothing to compare; `limbeck adapters show` says in which factors"
+        )
     if not sizes[0] > 0:
-        raise AdapterError(f"{query} is zero: it has no direction that others could be compared with; name an adapter that was trained")
+        raise AdapterError(
+            f"{query} is zero: it has no direction that others could be compared with; name an adapter that was trained"
+        )
     if k is not None and not 1 <= k <= len(others):
         raise AdapterError(f"-k is {k}, and there are {len(others)} adapters to rank: 1 to {len(others)} are possible")
     if not temperature > 0:
@@ -144,12 +161,15 @@ def retrieve_adapters(query: AnyPath, pool: Sequence[AnyPath], *, k: int | None 
     order = cosines.argsort(descending=True, stable=True)[: k or len(others)]
     shares = (cosines[order] / temperature).softmax(0)
     return [
-        Match(others[i], float(cosines[i]), float(share), float(sizes[i + 1] / sizes[0])) for i, share in zip(order.tolist(), shares, strict=True)
+        Match(others[i], float(cosines[i]), float(share), float(sizes[i + 1] / sizes[0]))
+        for i, share in zip(order.tolist(), shares, strict=True)
     ]
 
 
 def _shared_base(folders: Sequence[Path]) -> str | None:
     bases = {base for folder in folders if (base := read_base(folder))}
     if len(bases) > 1:
-        raise AdapterError(f"the adapters name different bases ({', '.join(sorted(bases))}): if they are one model, name it with --base")
+        raise AdapterError(
+            f"the adapters name different bases ({', '.join(sorted(bases))}): if they are one model, name it with --base"
+        )
     return bases.pop() if bases else None

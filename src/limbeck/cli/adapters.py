@@ -29,7 +29,11 @@ def show(folders: Folders) -> None:
         for line in adapter.table:
             say(f"  {line}")
         rows = [
-            [site.name, *(f"{x:.4g}" for x in (site.whole, site.least, site.mean, site.largest)), ", ".join(map(str, site.zero_in))]
+            [
+                site.name,
+                *(f"{x:.4g}" for x in (site.whole, site.least, site.mean, site.largest)),
+                ", ".join(map(str, site.zero_in)),
+            ]
             for site in adapter.sites
         ]
         say(_table(["site", "|dW|", "least", "mean", "largest layer", "zero in layers"], rows))
@@ -45,13 +49,20 @@ def merge(
     ] = "weighted",
     weights: Annotated[
         str | None,
-        typer.Option(help="One number for each folder, such as 0.7,0.3; equal by default (1 each for task_arithmetic).", show_default=False),
+        typer.Option(
+            help="One number for each folder, such as 0.7,0.3; equal by default (1 each for task_arithmetic).", show_default=False
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the result; by default what keeps a sum exact.", show_default=False)] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the result; by default what keeps a sum exact.", show_default=False)
+    ] = None,
     density: Annotated[float, typer.Option(help="Share of entries that TIES and DARE keep.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of DARE's masks.")] = 0,
     base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The base to name in the result; by default the one that all name.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The base to name in the result; by default the one that all name.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Make one adapter of several, in the space of dW.
@@ -62,10 +73,14 @@ def merge(
     """
     from limbeck.cli.console import say
 
-    merged = api.merge_adapters(folders, out, method=method, weights=_numbers(weights), rank=rank, density=density, seed=seed, base=base)
+    merged = api.merge_adapters(
+        folders, out, method=method, weights=_numbers(weights), rank=rank, density=density, seed=seed, base=base
+    )
     say(f"merged {len(folders)} adapters ({method}) at rank {merged.adapters.spec.rank}: {out}")
     for name, kept in merged.energy.items():
-        say(f"  {name}: {float(kept.min()):.2%} of the squared norm kept in the layer that lost most, {float(kept.mean()):.2%} on average")
+        say(
+            f"  {name}: {float(kept.min()):.2%} of the squared norm kept in the layer that lost most, {float(kept.mean()):.2%} on average"
+        )
 
 
 def retrieve(

@@ -14,10 +14,13 @@ RecipeArgument = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes, such as align.loop.tokens=1M.", show_default=False, autocompletion=override_words),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Changes, such as align.loop.tokens=1M.", show_default=False, autocompletion=override_words
+    ),
 ]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run lives; runs/NAME by default.", show_default=False)]
 StageOption = Annotated[
-    str | None, typer.Option("--stage", help="Only this stage; its inputs must be done.", show_default=False, autocompletion=stage_names)
+    str | None,
+    typer.Option("--stage", help="Only this stage; its inputs must be done.", show_default=False, autocompletion=stage_names),
 ]
 Folders = Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders with an adapter_config.json.")]

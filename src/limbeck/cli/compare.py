@@ -12,7 +12,10 @@ from limbeck import api
 
 def compare(
     things: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Two or more: RUN, RUN/STAGE, RUN/STAGE/grid/CELL; a stage with a grid is all its cells.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="Two or more: RUN, RUN/STAGE, RUN/STAGE/grid/CELL; a stage with a grid is all its cells."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The page, one HTML file.")] = Path("compare.html"),
     by: Annotated[str, typer.Option(help="What curves run over: tokens or steps.")] = "tokens",

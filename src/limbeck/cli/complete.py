@@ -99,7 +99,9 @@ def explained_names(ctx: typer.Context, incomplete: str) -> Candidates:
     fields = {word: "" for entry in index() for word in (entry.key, ".".join(entry.path[-2:]))}
     whole = dict.fromkeys(shipped_recipes(), "recipe") | parts
     # Short names first; the longer ones when there is a dot to go by.
-    return list((whole | fields | named if "." in incomplete else whole | {k: v for k, v in fields.items() if "." not in k}).items())
+    return list(
+        (whole | fields | named if "." in incomplete else whole | {k: v for k, v in fields.items() if "." not in k}).items()
+    )
 
 
 @_quiet

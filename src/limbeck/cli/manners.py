@@ -41,6 +41,14 @@ _MENDABLE = {
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
 }
 """Errors of the system that come from anywhere, and their ways out.  Others would be our bugs."""
+_PLAIN = {
+    "Input should be": "must be",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+"""What typer says of a value that does not fit, and what we say."""
 
 
 class Verb(TyperCommand):
@@ -51,8 +59,9 @@ class Verb(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            plain = error.message.removeprefix("Value error, ").replace("Input should be", "must be").replace("a valid integer", "a whole number").replace("a valid number", "a number")
-            error.message = plain.partition(", unable to parse")[0].replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+            error.message = error.message.removeprefix("Value error, ").partition(", unable to parse")[0]
+            for theirs, plain in _PLAIN.items():
+                error.message = error.message.replace(theirs, plain)
             raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -84,6 +93,7 @@ class Verbs(TyperGroup):
     traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        """What the verb returns.  Raises ``typer.Exit`` with the code that the process ends with."""
         try:
             with interruptible(), group_left():
                 return super().invoke(ctx)

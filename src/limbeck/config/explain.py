@@ -75,7 +75,10 @@ def _flow(text: str) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe file, for editors; parts are told apart by ``kind``."""
+    """JSON schema of a recipe file, for editors; parts are told apart by ``kind``.
+
+    ``json.dumps(limbeck.schema())``
+    """
     load_entry_points()
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
@@ -125,7 +128,13 @@ def _classes(found: Shapes) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]
 
 
 def explain(name: str) -> str:
-    """What a recipe, a part (``hybridize``, ``mixer.swa``) or a field (``loop.tokens``) is and what it takes."""
+    """What a recipe, a part (``hybridize``, ``mixer.swa``) or a field (``loop.tokens``) is and what it takes.
+
+    ``print(limbeck.explain("loop.tokens"))``
+
+    Raises:
+        LimbeckError: nothing of that name, with the nearest ones.
+    """
     load_entry_points()
     words = [word for word in name.replace(":", ".").replace(" ", ".").split(".") if word]
     texts = _recipe_text(name) + _part_texts(words) + _field_texts(words)

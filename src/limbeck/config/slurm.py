@@ -34,6 +34,8 @@ class Job:
 def slurm_script(recipe: str, job: Job) -> str:
     """The text of the script.
 
+    ``limbeck.slurm_script("my.yaml", limbeck.Job(nodes=2, time="12:00:00"))``
+
     Raises:
         LimbeckError: a recipe that is not there, or something asked for that does not go together.
     """

@@ -36,7 +36,13 @@ _OTHER_SCALARS = re.compile(r"(?i:true|false|null|nan|inf)|[-+.\d].*")
 
 
 def template(name: str) -> str:
-    """YAML text of a shipped recipe with comments; it loads to the same recipe."""
+    """YAML text of a shipped recipe with comments; it loads to the same recipe.
+
+    ``Path("my.yaml").write_text(limbeck.template("hybrid"))``
+
+    Raises:
+        LimbeckError: no shipped recipe of that name.
+    """
     shipped = shipped_recipes()
     if name not in shipped:
         raise LimbeckError(f"no shipped recipe {name!r}{did_you_mean(name, shipped) or ';'} shipped: {', '.join(shipped)}")

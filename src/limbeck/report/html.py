@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from html import escape
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ WIDE = 480
 """Units across a chart of the evaluation, which stand two in a row; those of training stand three."""
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: str | PathLike[str]) -> Path:
     """Write ``report.html`` and ``model_card.md`` into a run directory, from what exists there.  Returns the page's path.
+
+    ``limbeck.write_report("runs/hybrid")``
 
     Raises:
         CheckpointError: not a run directory, or a damaged file in it.

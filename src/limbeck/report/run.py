@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,15 @@ class Run:
         return str(self.path)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: str | PathLike[str]) -> Run:
     """Read a run directory; stages in the recipe's order, those of earlier recipes left out.
+
+    ``limbeck.read_run("runs/hybrid")["distil"].metrics``
 
     Raises:
         CheckpointError: not a run directory, or a file in it that is damaged.
     """
+    path = Path(path)
     recipe = _json(path / "recipe.json")
     if recipe is None:
         raise CheckpointError(f"{path}: not a run directory, it has no recipe.json; name a folder that `limbeck run` made")

@@ -55,7 +55,9 @@ def serving(
 
     token = check_token(os.environ.get(api_key_env), api_key_env)
     if token is None and api_key_env != SERVE_KEY:
-        raise LimbeckError(f"--api-key-env {api_key_env}: is not set: put the key there, or leave the option out to serve without one")
+        raise LimbeckError(
+            f"--api-key-env {api_key_env}: is not set: put the key there, or leave the option out to serve without one"
+        )
     template = None
     if chat_template is not None:
         from limbeck.serve.openai.templates import read_template
@@ -66,12 +68,24 @@ def serving(
     try:
         if model.endswith(".gguf") or Path(model).is_file():
             _refuse(dtype=dtype != "float32", device=device is not None, revision=revision is not None)
-            backend = _gguf(Path(model), name=name, context=context, parallel=parallel, threads=threads, numa=numa_aware, template=template)
+            backend = _gguf(
+                Path(model), name=name, context=context, parallel=parallel, threads=threads, numa=numa_aware, template=template
+            )
         else:
             if numa_aware:
-                raise LimbeckError(f"--numa-aware: is for GGUF files, and {model} is none: leave it out, or export the model with --to gguf")
+                raise LimbeckError(
+                    f"--numa-aware: is for GGUF files, and {model} is none: leave it out, or export the model with --to gguf"
+                )
             backend = _folder(
-                model, name, context=context, threads=threads, dtype=dtype, device=device, revision=revision, adapters=adapters, template=template
+                model,
+                name,
+                context=context,
+                threads=threads,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                adapters=adapters,
+                template=template,
             )
         from limbeck.serve.openai.app import OpenAiService
 
@@ -133,7 +147,15 @@ def teaching(
         scorer.load(device_of(device))
         name = model if model.startswith("builtin:") else model_name(source)
         service = TeacherService(
-            scorer, name, max_top_k=max_top_k, max_tokens=max_tokens, max_values=max_values, queue=queue, token=token, log_every=log_every, say=say
+            scorer,
+            name,
+            max_top_k=max_top_k,
+            max_tokens=max_tokens,
+            max_values=max_values,
+            queue=queue,
+            token=token,
+            log_every=log_every,
+            say=say,
         )
     except BaseException:
         sock.close()
@@ -152,7 +174,9 @@ def device_of(name: str | None) -> str:
         kind = torch.device(name)
         torch.empty(0, device=kind)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}): take cpu, or a GPU that `limbeck doctor` lists") from error
+        raise RunError(
+            f"--device {name}: cannot be used here ({str(error).splitlines()[0]}): take cpu, or a GPU that `limbeck doctor` lists"
+        ) from error
     return str(kind)
 
 

@@ -101,8 +101,9 @@ class TrainStage:
     def _licence(self) -> dict[str, str]:
         """Of the base, where this stage names one."""
         base = self.options.student.base
-        known = self.context.world.rank == 0 and isinstance(base, str)
-        return licence_of(self.context.locate(base), self.options.student.revision) if known else {}
+        if self.context.world.rank or not isinstance(base, str):
+            return {}
+        return licence_of(self.context.locate(base), self.options.student.revision)
 
     def _text(self) -> TrainingText:
         context, options = self.context, self.options
