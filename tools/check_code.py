@@ -15,9 +15,11 @@
   too.  A docstring that is the same as another function's may refer to it: ``:func:`name``` or ``:meth:`name``` brings the
   shapes that it says of arguments of the same names.
 * **Use**: what ``src`` defines is used by ``src``, ``tools``, ``benchmarks``, ``experiments``, ``examples``, a Python example of the
-  documentation or an ``__all__``, and what the others define is used anywhere (by name: vulture; settings in ``pyproject.toml``).
-  What only tests use is dead.  Implementations that a registry names as ``"module:Class"`` are used.  Names that others' code
-  calls are listed, with who does, in ``tools/vulture_names.py``; a name there that is not needed is a fault too.
+  documentation or an ``__all__``, and what the others define is used anywhere.  What only tests use is dead.  vulture takes a name
+  for used wherever it stands (settings in ``pyproject.toml``); beyond that, what a module of ``src`` defines and does not use is
+  imported somewhere, and a method is reached by a dot.  Names in strings count: ``"module:Class"`` of a registry, a dotted name that
+  a message tells users.  Names that others' code calls are listed, with who does, in ``tools/vulture_names.py``; a name there that is
+  not needed is a fault too.
 """
 
 from __future__ import annotations
@@ -329,6 +331,15 @@ class Names:
             for line, name, kind in unused_beside(tree, settings["ignore_decorators"])
         }
         """What stands in a module and is not used there: others must import it."""
+        self.methods = [
+            Unused(package.root / one.module, method.lineno, name, "method")
+            for named in package.classes.values()
+            for one in named
+            for name, method in one.methods.items()
+            if not is_handed_on(method, settings["ignore_decorators"])
+        ]
+        self.reached: set[str] = set()
+        """Attributes, and strings that may name one."""
 
     def read(self, text: str, path: Path) -> None:
         """Take in a file, or an example of the documentation."""
@@ -337,6 +348,7 @@ class Names:
         nodes = list(ast.walk(tree))
         prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        self.reached |= attributes
         for node in nodes:
             if isinstance(node, ast.ImportFrom) and node.module:
                 self.imported |= {(node.module, one.name) for one in node.names}
@@ -347,6 +359,7 @@ class Names:
                 named = {(module, name) for module, sign, name in NAMED.findall(node.value) if sign == ":" or module in self.modules}
                 self.imported |= named
                 used.update(name for _, name in named)
+                self.reached.add(node.value)
                 if node.value in self.modules:
                     self.imported |= {(node.value, attribute) for attribute in attributes}
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "usefixtures":
@@ -360,10 +373,11 @@ class Names:
                     used.add(node.name)
 
     def unused(self) -> set[Unused]:
-        """What no file so far names; of what a module hands on, what none imports, however often others have the same name."""
+        """What no file so far names; and what none imports or reaches by a dot, however often others have the same name."""
         found = self.vulture.get_unused_code(min_confidence=self.confidence)
-        never = {one for place, one in self.handed_on.items() if place not in self.imported}
-        return {Unused(Path(one.filename), one.first_lineno, one.name, one.typ) for one in found} | never
+        never = [one for place, one in self.handed_on.items() if place not in self.imported]
+        never += [one for one in self.methods if one.name not in self.reached]
+        return {*never, *(Unused(Path(one.filename), one.first_lineno, one.name, one.typ) for one in found)}
 
 
 def dotted(module: str) -> str:
@@ -377,14 +391,19 @@ def unused_beside(tree: ast.Module, ignored: list[str]) -> Iterator[tuple[int, s
     for node in members(tree):
         names: list[tuple[str, str]] = []
         if isinstance(node, Definition | ast.ClassDef):
-            decorators = ["@" + ast.unparse(one.func if isinstance(one, ast.Call) else one) for one in node.decorator_list]
-            if not any(fnmatchcase(one, pattern) for one in decorators for pattern in ignored):
+            if not is_handed_on(node, ignored):
                 names = [(node.name, "class" if isinstance(node, ast.ClassDef) else "function")]
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [(one.id, "variable") for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
         own = Counter(words(node))
         yield from ((node.lineno, name, kind) for name, kind in names if used[name] == own[name])
+
+
+def is_handed_on(node: Definition | ast.ClassDef, ignored: list[str]) -> bool:
+    """Whether a decorator gives a definition to what calls it."""
+    decorators = ["@" + ast.unparse(one.func if isinstance(one, ast.Call) else one) for one in node.decorator_list]
+    return any(fnmatchcase(one, pattern) for one in decorators for pattern in ignored)
 
 
 def words(node: ast.AST) -> Iterator[str]:
@@ -419,11 +438,11 @@ def unused(root: Path, package: Package, files: list[Path]) -> Iterator[Fault]:
     without_tests = after(path for path in files if not path.is_relative_to(tests))
     nowhere = after(path for path in files if path.is_relative_to(tests))
     by_tests = {one for one in without_tests - nowhere if one.path.is_relative_to(root / "src")}
-    seen: set[tuple[Path, str, int]] = set()
+    seen: set[tuple[Path, str]] = set()
     for one in sorted(nowhere | by_tests):
-        if one.name in kept or (one.path, one.name, one.line) in seen:
+        if one.name in kept or (one.path, one.name) in seen:
             continue
-        seen.add((one.path, one.name, one.line))
+        seen.add((one.path, one.name))
         way = "delete it" if one in nowhere else "only tests use it: delete it with them, or show its use in docs/"
         yield Fault(one.path.relative_to(root).as_posix(), one.line, f"unused {one.kind} {one.name}: {way}")
     for name in sorted(kept - {one.name for one in nowhere | by_tests}):

@@ -172,6 +172,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         "unused function idle: delete it",
     ),
     "a method that nothing uses": ({USE: instead(", Base(3).run(4)", ""), "src/pack/registry.py": instead(" run", "")}, "unused method run"),
+    "a method of a name that variables have": (
+        {PARTS: lambda text: text + '\n    def RUN(self) -> None:\n        """Nothing."""\n'},
+        "unused method RUN: delete it",
+    ),
     "an implementation that no registry names": ({"src/pack/registry.py": instead(', "second": "pack.parts:Second"', "")}, "unused class Second"),
     "a helper of the tests": ({"tests/test_it.py": "def helper():\n    pass\n"}, "tests/test_it.py:1: unused function helper: delete it"),
     "a name on the list that is used": ({"tools/vulture_names.py": 'NAMES = {"others": "said"}\n'}, "tools/vulture_names.py:1: said is used"),

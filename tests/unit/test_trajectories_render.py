@@ -65,7 +65,7 @@ def check_tokens(tokenizer: Any, rendered: Rendered) -> Tokens:
     """What must hold of any conversation, whatever its words."""
     [tokens] = tokenise(tokenizer, [rendered])
     assert tokenizer.decode(tokens.ids_T) == rendered.text
-    assert decoded(tokenizer, tokens) == rendered.spoken
+    assert decoded(tokenizer, tokens) == [rendered.text[start:end] for _, start, end in rendered.turns]
     by_turn = np.zeros(len(tokens), dtype=bool)
     for header, start, end in tokens.turns_N3:
         assert header <= start <= end

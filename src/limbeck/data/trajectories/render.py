@@ -34,11 +34,6 @@ class Rendered:
     text: str
     turns: tuple[tuple[int, int, int], ...]
 
-    @property
-    def spoken(self) -> list[str]:
-        """What the assistant says, turn by turn."""
-        return [self.text[start:end] for _, start, end in self.turns]
-
 
 class ChatTemplate:
     """A chat template of a tokenizer, and how an assistant's turn begins and ends in it."""
