@@ -35,6 +35,7 @@ SHARED_FIELDS = (
 """Fields of both configs with the same meaning."""
 COPIED = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+ASKED = "export --to native"
 
 
 def write_native(model: PreTrainedModel, folder: Path, *, tokenizer_source: str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -47,9 +48,12 @@ def write_native(model: PreTrainedModel, folder: Path, *, tokenizer_source: str 
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def native_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The Qwen3.5 that computes what the hybrid does, to be saved: its rotary tables, which are no parameters, stay on meta."""
-    check_native(model)
+def native_model(model: PreTrainedModel, asked: str = ASKED) -> PreTrainedModel:
+    """The Qwen3.5 that computes what the hybrid does, to be saved: its rotary tables, which are no parameters, stay on meta.
+
+    ``asked`` is what errors say was asked for.
+    """
+    check_native(model, asked)
     with torch.device("meta"):
         native: Any = Qwen3_5ForCausalLM(native_config(model))
     native.load_state_dict(native_state(model), strict=True, assign=True)
@@ -58,24 +62,27 @@ def native_model(model: PreTrainedModel) -> PreTrainedModel:
     return native
 
 
-def check_native(model: Any) -> None:
-    """Raise :class:`ModelError` with every reason why the model cannot be written as Qwen3.5."""
+def check_native(model: Any, asked: str = ASKED) -> None:
+    """Raise :class:`ModelError` with every reason why the model cannot be written as Qwen3.5; layers with the same one are named together."""
     if not hasattr(model.config, "limbeck"):
-        raise ModelError(f"export --to native: {type(model).__name__} is not a hybrid: `--to hf` writes a model that stock transformers loads")
+        raise ModelError(f"{asked}: {type(model).__name__} is not a hybrid: `--to hf` writes a model that stock transformers loads")
     check_foreign(model.config, "native")
     mixers = model.mixers()
     base = {**model.config.to_dict(), "model_type": model.config.limbeck["base"]["model_type"]}
     kept = [index for index in range(base["num_hidden_layers"]) if index not in mixers]
     obstacles = teacher_obstacles(base, kept)
+    layers: dict[str, list[str]] = {}
     for index, mixer in mixers.items():
-        obstacles += [f"layer {index}: {obstacle}" for obstacle in mixer_obstacles(mixer.options)]
+        for obstacle in mixer_obstacles(mixer.options):
+            layers.setdefault(obstacle, []).append(str(index))
+    obstacles += [f"layer{'s' * (len(alike) > 1)} {', '.join(alike)}: {obstacle}" for obstacle, alike in layers.items()]
     if len({mixer.options.short_conv for mixer in mixers.values() if isinstance(mixer, GatedDeltaNet)}) > 1:
         obstacles.append("its mixers' convolutions differ in length, and Qwen3.5 has one length for all")
     if not kept:
         obstacles.append(ALL_LINEAR)
     if obstacles:
         lines = obstacles if len(obstacles) < 4 else [*obstacles[:3], f"and {len(obstacles) - 3} more"]
-        raise ModelError(f"export --to native: {'; '.join(lines)}. `--to hf` writes any student")
+        raise ModelError(f"{asked}: {'; '.join(lines)}. `--to hf` writes any student")
 
 
 def native_config(model: Any) -> Qwen3_5TextConfig:

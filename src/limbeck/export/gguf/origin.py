@@ -107,7 +107,7 @@ def _hybrid(folder: Path, options: TernarizeOptions | None) -> Origin:
     """A hybrid as a Qwen3.5, whole in memory; its ternary weights are found again by their values, which moved but did not change."""
     model = load_model(str(folder))
     _settle(model)
-    native = native_model(model)
+    native = native_model(model, "export to GGUF, where a hybrid is written as Qwen3.5")
     if options is None:
         return Origin(ModelWeights(native), _none, _keep, _about(None))
     scale: Granularity = "group" if options.group else "row"
