@@ -44,7 +44,7 @@ def export(
     \b
     limbeck export runs/hybrid/distil --to hf --output my-model
     limbeck export runs/ternary/distil --output model.gguf --verify
-    limbeck export runs/hybrid/distil@200 --to native
+    limbeck export runs/hybrid/distil@200 --dtype float32
     limbeck export runs/lora_generator/generate --to peft --prompt "reverse a list"
     """
     from limbeck.cli.console import say
