@@ -22,6 +22,8 @@ def __getattr__(name):
         api = import_module("limbeck.api")
         if name in api.NAMES:
             return getattr(api, name)
+        if name == "api":
+            return api
     raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
 
 

@@ -1,3 +1,4 @@
+from limbeck import api as api
 from limbeck.api import DistillTernary as DistillTernary
 from limbeck.api import Job as Job
 from limbeck.api import check as check

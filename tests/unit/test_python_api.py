@@ -31,6 +31,7 @@ LIGHT = """
 import sys
 import limbeck
 assert not {"limbeck.api", "pydantic", "rich", "typer", "yaml"} & set(sys.modules), "importing the package"
+assert limbeck.api.load is limbeck.load
 limbeck.load, limbeck.run, limbeck.serving, limbeck.explain, limbeck.template, limbeck.doctor, limbeck.write_report
 recipe = limbeck.load("quickstart", "align.loop.tokens=1M")
 assert recipe.stages["align"].loop.tokens == 10**6
@@ -200,3 +201,29 @@ def test_a_teacher_that_is_none_is_told_from_one_that_is_not_there(fault: str, w
 def test_a_token_that_is_not_there_is_named() -> None:
     with pytest.raises(LimbeckError, match="token_env: the environment variable NOT_SET is not set"):
         limbeck.try_teacher("http://127.0.0.1:9", token_env="NOT_SET")
+
+
+# -- words about places ------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run_or_a_stage_without_a_model_is_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "align").mkdir()
+    (tmp_path / "align" / "stage.json").write_text("{}")
+    with pytest.raises(LimbeckError, match="is a whole run: no stage of it has made a model yet"):
+        limbeck.generate(tmp_path, "x")
+    with pytest.raises(LimbeckError, match=r"align: this stage has made no model \(yet\)"):
+        limbeck.evaluate(tmp_path / "align")
+    (tmp_path / "distil" / "model").mkdir(parents=True)
+    with pytest.raises(LimbeckError, match=f"is a whole run: name a stage of it, {tmp_path / 'distil'}"):
+        limbeck.export_model(tmp_path, "hf")
+
+
+def test_ranks_that_nobody_started_together_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(
+        LimbeckError, match="WORLD_SIZE is 2, and the ranks cannot find each other .*MASTER_ADDR.*: start them by torchrun"
+    ):
+        limbeck.run("quickstart", run_dir=tmp_path)

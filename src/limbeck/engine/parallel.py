@@ -135,7 +135,11 @@ def connect(device: str | torch.device | None = None, timeout: float | None = No
         torch.cuda.set_device(kind)
     bound, patience = timedelta(seconds=seconds), timedelta(seconds=max(seconds, PATIENCE))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=bound)
+        try:
+            dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=bound)
+        except ValueError as error:
+            # A variable that the rendezvous reads is missing, or is no number.
+            raise RunError(f"WORLD_SIZE is {size}, and the ranks cannot find each other ({error}): start them by torchrun, or unset WORLD_SIZE") from error
     mesh = init_device_mesh(kind.type, (size,))
     control, patient, saving = (dist.new_group(backend="gloo", timeout=t) for t in (bound, patience, patience))
     return World(kind, dist.get_rank(), size, mesh, control, patient, saving)

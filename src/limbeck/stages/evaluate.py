@@ -19,7 +19,7 @@ from limbeck.models.limbeck_model import wrap_student
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
 from limbeck.models.vocabulary import check_vocabulary
 from limbeck.stages.context import Say, StageContext
-from limbeck.stages.folder import read_json, write_json
+from limbeck.stages.folder import model_of, read_json, write_json
 from limbeck.stages.run import load_plugins_of, open_stage
 from limbeck.stages.train import trained_model
 
@@ -129,7 +129,7 @@ def evaluate_path(
     path = path.resolve()
     load_plugins_of(path)
     run_stage = path if (path / "stage.json").exists() else path.parent if (path.parent / "stage.json").exists() else None
-    folder = path / "model" if (path / "model").is_dir() else path
+    folder = model_of(path)
     if not (folder / "config.json").exists():
         there = "neither a model folder (no config.json) nor a finished train stage of a run" if path.exists() else "is not there"
         raise RunError(f"{path}: {there}: name RUN/STAGE of a train stage that has finished, or a model folder")

@@ -29,7 +29,7 @@ from limbeck.report.run import read_run
 from limbeck.stages.adapting import condition_of, conditions_stage, open_conditions, open_generator, reader_options
 from limbeck.stages.context import Say, StageContext
 from limbeck.stages.export_gguf import SUFFIX, export_gguf
-from limbeck.stages.folder import digest, read_json
+from limbeck.stages.folder import digest, model_of, read_json
 from limbeck.stages.run import load_plugins_of, open_stage
 from limbeck.stages.train import checkpoint_folder, student_of, trained_model
 from limbeck.stages.train_adapters import safe
@@ -185,12 +185,14 @@ def export_path(
     if is_generator(folder):
         raise RunError(f"{run_or_model}: holds what reads conditions, not a model: --to {PEFT} --prompt TEXT writes the LoRA that a generator makes of a text")
     if not (folder / "config.json").exists():
+        if not (path / "stage.json").exists():
+            model_of(path)
         stage = open_stage(path) if (path / "stage.json").exists() else None
         if stage is not None and stage.options.kind != "train":
             raise RunError(f"{run_or_model}: is a {stage.options.kind} stage, which makes no model: name a train stage")
         steps = [] if stage is None else list(saved_steps(checkpoint_folder(stage)))
         hint = f"; it has checkpoints, so {run_or_model}@{steps[-1]} exports the newest" if steps else ""
-        raise RunError(f"{run_or_model}: neither a model folder (no config.json) nor a finished train stage{hint}")
+        raise RunError(f"{run_or_model}: neither a model folder (no config.json) nor a finished train stage{hint or ': name one of the two'}")
     in_run = folder != path and (path / "stage.json").exists()
     # Nothing is put into a checkpoint: what is not in its manifest is damage.
     home = path.parent if (path / MANIFEST).exists() else path

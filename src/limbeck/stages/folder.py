@@ -34,6 +34,24 @@ def make_run_dir(path: Path) -> None:
         raise RunError(f"{path}: no run directory can be made there ({error.strerror}): name another place, with --run-dir") from error
 
 
+def model_of(path: Path) -> Path:
+    """``model/`` of a stage, else the path itself: a model folder, or a name that is none here.
+
+    Raises:
+        RunError: a whole run, or a stage without a model, with the way out.
+    """
+    if (path / "model").is_dir():
+        return path / "model"
+    if not (path / "config.json").exists():
+        if (path / "recipe.json").is_file():
+            done = sorted(folder.name for folder in path.iterdir() if (folder / "model").is_dir() and ".stale-" not in folder.name)
+            way = f"name a stage of it, {' or '.join(str(path / name) for name in done)}" if done else "no stage of it has made a model yet"
+            raise RunError(f"{path}: is a whole run: {way}")
+        if (path / "stage.json").is_file():
+            raise RunError(f"{path}: this stage has made no model (yet): run its recipe to the end, or name a stage that trains one")
+    return path
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a crash leaves the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from limbeck.evaluation.samples import end_ids
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
 from limbeck.stages.adapting import condition_of, conditions_stage, open_conditions, open_generator, static_adapter
 from limbeck.stages.context import StageContext
+from limbeck.stages.folder import model_of
 from limbeck.stages.run import load_plugins_of, open_stage
 from limbeck.students.generator.student import GeneratorStudent, is_generator, read_record
 from limbeck.students.ternarize import settled
@@ -102,7 +103,7 @@ def continuations(
     if Path(path).is_file():
         raise RunError(f"{path}: is a file, and `limbeck generate` reads model folders and runs; `limbeck serve` speaks GGUF files")
     load_plugins_of(path)
-    folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
+    folder = model_of(Path(path))
     if is_generator(folder):
         writers = _of_generator(folder.resolve(), reads, prompt, compare)
     else:

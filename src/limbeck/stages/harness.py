@@ -26,7 +26,7 @@ from limbeck.evaluation.harness import LoadedLM, Tasks, harness_version, run_tas
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
 from limbeck.models.vocabulary import check_vocabulary
 from limbeck.stages.context import Say
-from limbeck.stages.folder import write_json
+from limbeck.stages.folder import model_of, write_json
 from limbeck.stages.generate import Reads, adapted_base, refuse_for_a_model
 from limbeck.stages.run import load_plugins_of
 from limbeck.students.generator.student import is_generator
@@ -94,7 +94,7 @@ def _open(path: str, reads: Reads, settings: HarnessSettings) -> LoadedLM:
     dtype: torch.dtype = getattr(torch, settings.dtype)
     more: dict[str, Any] = {"batch_size": settings.batch_size, "max_length": settings.max_length}
     load_plugins_of(path)
-    folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
+    folder = model_of(Path(path))
     if is_generator(folder):
         student, adapters, tokenizer = adapted_base(folder.resolve(), reads, dtype=dtype, device=device)
         model, more["acting"] = student.model, partial(student.injector.active, adapters)

@@ -137,12 +137,13 @@ def teaching(
 
         from limbeck.models.loading import resolve_source
         from limbeck.serve.teacher import TeacherService, model_name
+        from limbeck.stages.folder import model_of
         from limbeck.teachers.scoring import Scorer
 
         if threads is not None:
             torch.set_num_threads(threads)
-        folder = Path(model) / "model"
-        source = resolve_source(str(folder) if folder.is_dir() else model)
+        folder = model_of(Path(model))
+        source = resolve_source(model if folder == Path(model) else str(folder))
         scorer = Scorer(source, dtype=dtype, attention=attention, revision=revision)
         scorer.load(device_of(device))
         name = model if model.startswith("builtin:") else model_name(source)

@@ -12,6 +12,7 @@ import torch
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
 from limbeck.serve.openai.transformers import Acting, Speaker
 from limbeck.stages.adapting import condition_of, open_generator, static_adapter
+from limbeck.stages.folder import model_of
 from limbeck.stages.generate import stage_of
 from limbeck.stages.run import load_plugins_of
 from limbeck.students.generator.student import GeneratorStudent, is_generator
@@ -40,7 +41,7 @@ class ConditionReader:
 def open_speaker(model: str, *, dtype: str = "float32", device: str = "cpu", revision: str | None = None) -> Speaker:
     """The model of a folder, a stage (``RUN/STAGE``), ``builtin:NAME`` or a hub name; a LoRA generator comes with its base."""
     load_plugins_of(model)
-    folder = Path(model) / "model" if (Path(model) / "model").is_dir() else Path(model)
+    folder = model_of(Path(model))
     kind: torch.dtype = getattr(torch, dtype)
     if not is_generator(folder):
         source = resolve_source(model if folder == Path(model) else str(folder))
