@@ -224,6 +224,6 @@ def test_ranks_that_nobody_started_together_are_told_so(tmp_path: Path, monkeypa
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(
-        LimbeckError, match="WORLD_SIZE is 2, and the ranks cannot find each other .*MASTER_ADDR.*: start them by torchrun"
+        LimbeckError, match=r"WORLD_SIZE is 2, and the ranks cannot find each other .*MASTER_ADDR.*: start them by torchrun"
     ):
         limbeck.run("quickstart", run_dir=tmp_path)
