@@ -61,11 +61,16 @@ def decoded(tokenizer: Any, tokens: Tokens) -> list[str]:
     return [tokenizer.decode(tokens.ids_T[start:end]) for _, start, end in tokens.turns_N3]
 
 
+def turns_of(rendered: Rendered) -> list[str]:
+    """What the assistant says, turn by turn."""
+    return [rendered.text[start:end] for _, start, end in rendered.turns]
+
+
 def check_tokens(tokenizer: Any, rendered: Rendered) -> Tokens:
     """What must hold of any conversation, whatever its words."""
     [tokens] = tokenise(tokenizer, [rendered])
     assert tokenizer.decode(tokens.ids_T) == rendered.text
-    assert decoded(tokenizer, tokens) == [rendered.text[start:end] for _, start, end in rendered.turns]
+    assert decoded(tokenizer, tokens) == turns_of(rendered)
     by_turn = np.zeros(len(tokens), dtype=bool)
     for header, start, end in tokens.turns_N3:
         assert header <= start <= end
@@ -96,7 +101,7 @@ def test_a_real_run_is_rendered_as_the_template_does_and_its_targets_are_what_th
         assert rendered.text == qwen.apply_chat_template(run.messages, tools=run.tools or None, chat_template=source, tokenize=False)
         assert len(rendered.turns) == sum(message["role"] == "assistant" for message in run.messages)
         check_tokens(qwen, rendered)
-        for own, message in zip(rendered.spoken, (m for m in run.messages if m["role"] == "assistant"), strict=True):
+        for own, message in zip(turns_of(rendered), (m for m in run.messages if m["role"] == "assistant"), strict=True):
             # Llama's template writes a call in the place of the words beside it.
             assert name == SINGLE_CALLS or message["content"].strip() in own
             assert all(call["function"]["name"] in own for call in message.get("tool_calls", ()))
@@ -131,7 +136,7 @@ def test_random_conversations_in_real_templates(shared_data, qwen, name):
         sound += rendered_nfc
         if rendered_nfc:
             check_tokens(qwen, rendered)
-        assert all(own.endswith(END) and own.count(END) == 1 and START not in own for own in rendered.spoken)
+        assert all(own.endswith(END) and own.count(END) == 1 and START not in own for own in turns_of(rendered))
     assert sound > 20
 
 
@@ -147,7 +152,7 @@ def test_thoughts_are_the_assistants_own_words(shared_data, qwen):
     template = ChatTemplate(qwen, jinja(shared_data, "Qwen-Qwen3-0.6B"))
     asked, answer = turn("", tool_call(path="a"), reasoning_content="Where is it?"), {"role": "tool", "content": "a"}
     rendered = template.render([USER, asked, answer, turn("Done.", reasoning_content="Well.")])
-    assert rendered.spoken[0].startswith("<think>\nWhere is it?\n</think>\n\n") and rendered.spoken[1] == f"<think>\nWell.\n</think>\n\nDone.{END}"
+    assert turns_of(rendered)[0].startswith("<think>\nWhere is it?\n</think>\n\n") and turns_of(rendered)[1] == f"<think>\nWell.\n</think>\n\nDone.{END}"
     check_tokens(qwen, rendered)
     # What only a fresh answer is begun with is not in what is learnt.
     assert ChatTemplate(qwen, jinja(shared_data, "Qwen-QwQ-32B")).header == f"{START}assistant\n"
@@ -163,7 +168,7 @@ def test_two_hundred_random_conversations(tokenizer, name):
         messages = conversation(seed)
         rendered = template.render(messages)
         assert rendered.text == tokenizer.apply_chat_template(messages, chat_template=TEMPLATES[name][0], tokenize=False)
-        assert rendered.spoken == spoken(name, messages), seed
+        assert turns_of(rendered) == spoken(name, messages), seed
         assert all(rendered.text[header:start] == template.header for header, start, _ in rendered.turns)
         check_tokens(tokenizer, rendered)
 
@@ -185,7 +190,7 @@ HARD = {
 @pytest.mark.parametrize("case", HARD)
 def test_hard_conversations(tokenizer, name, case):
     rendered = ChatTemplate(tokenizer, TEMPLATES[name][0]).render(HARD[case])
-    assert rendered.spoken == spoken(name, HARD[case])
+    assert turns_of(rendered) == spoken(name, HARD[case])
     check_tokens(tokenizer, rendered)
 
 
@@ -214,7 +219,7 @@ def test_a_template_that_never_asks_for_an_answer(tokenizer):
     template = ChatTemplate(tokenizer, PLAIN)
     assert (template.header, template.closing) == ("assistant: ", "")
     rendered = template.render([USER, turn(" a "), USER, turn("b\n"), turn("c")])
-    assert rendered.spoken == [" a ", "b\n", "c"]
+    assert turns_of(rendered) == [" a ", "b\n", "c"]
     check_tokens(tokenizer, rendered)
 
 
@@ -260,7 +265,7 @@ def test_a_template_that_cannot_take_one_conversation_leaves_the_others(tokenize
     template = ChatTemplate(tokenizer, source)
     with pytest.raises(Unusable, match=r"template: the chat template refuses it \(TypeError"):
         template.render([USER, turn("a", tool_call())])
-    assert template.render([USER, turn("a")]).spoken == [f"a{END}"]
+    assert turns_of(template.render([USER, turn("a")])) == [f"a{END}"]
 
 
 def test_a_template_that_hears_the_assistant_elsewhere_is_refused(tokenizer):
@@ -283,7 +288,7 @@ def test_offsets_without_white_space_give_the_same_targets(tokenizer, tmp_path, 
     for seed in range(60):
         rendered = template.render(conversation(seed))
         [wanted], [found] = tokenise(tokenizer, [rendered]), tokenise(trimming, [rendered])
-        assert tokenizer.decode(found.ids_T) == rendered.text and decoded(tokenizer, found) == rendered.spoken == decoded(tokenizer, wanted)
+        assert tokenizer.decode(found.ids_T) == rendered.text and decoded(tokenizer, found) == turns_of(rendered) == decoded(tokenizer, wanted)
         offsets = trimming(rendered.text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
         seen |= any(a > b for (_, b), (a, _) in pairwise(offsets))
     assert seen, "no offset left out a space: nothing was tested"
