@@ -160,7 +160,7 @@ def describe(shape: Shape) -> str:
             return "{from: stage}"
         return "a mapping with " + ", ".join(fields_of(shape.cls))
     if isinstance(shape, PartShape):
-        return f"a {shape.registry.kind} ({', '.join(shape.registry)})"
+        return f"{with_article(shape.registry.kind)} ({', '.join(shape.registry)})"
     if isinstance(shape, ListShape):
         return "a list of " + describe_all(shapes(shape.item))
     if isinstance(shape, DictShape):
@@ -168,6 +168,11 @@ def describe(shape: Shape) -> str:
     if isinstance(shape, ScalarShape):
         return shape.words
     return "any value"
+
+
+def with_article(noun: str) -> str:
+    """``a mixer``, ``an objective``."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def describe_all(found: Shapes) -> str:
