@@ -34,6 +34,7 @@ from limbeck.config.fields import (
     fields_of,
     flat,
     shapes,
+    with_article,
 )
 from limbeck.config.load import find_recipe, load_recipe, shipped_recipes, shipped_tree
 from limbeck.config.plugins import load_entry_points
@@ -129,7 +130,7 @@ def _kind_page(plural: str, registry: Registry, entries: list[Entry], uses: dict
     sections = "\n".join(_section(f"`{name}`", name, registry.options(name), uses, links) for name in registry)
     return f"""# {plural.capitalize()}
 
-A {registry.kind} stands at {places} in a recipe; `kind` says which.
+{with_article(registry.kind).capitalize()} stands at {places} in a recipe; `kind` says which.
 A name alone, without a mapping, is one with its defaults.
 
 | Kind | |
@@ -185,7 +186,7 @@ def _shape(shape: Shape, links: dict[type, str]) -> str:
         return f"[a mapping]({links[shape.cls]})"
     if isinstance(shape, PartShape):
         plural = next(word for word, kind in kinds().items() if kind == shape.registry.kind)
-        return f"[a {shape.registry.kind}]({plural}.md)"
+        return f"[{with_article(shape.registry.kind)}]({plural}.md)"
     if isinstance(shape, ListShape):
         return f"a list of {_takes(shapes(shape.item), links)}"
     if isinstance(shape, ScalarShape) and shape.choices:
