@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,12 @@ def test_one_save_is_under_way_at_a_time_and_the_last_is_there_when_the_run_ends
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_save_that_fails_in_the_background_is_told_before_the_next_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    write, failed = Checkpoints._write, threading.Event()
+    write, under_way = Checkpoints._write, threading.Event()
 
     def fails(self: Checkpoints, temporary: Path, *args: Any) -> None:
         if "step_8-" in temporary.name:
-            failed.set()
+            # Not before the next step has begun: at its beginning a failure would be told already.
+            assert under_way.wait(60)
             raise OSError(number, "injected")
         write(self, temporary, *args)
 
@@ -94,9 +96,9 @@ def test_a_save_that_fails_in_the_background_is_told_before_the_next_is_due(tmp_
 
     def watched(*args: Any) -> None:
         if trainer.at.step == 8:
-            assert failed.wait(20)
+            under_way.set()
             while not trainer.checkpoints.failed:
-                pass
+                time.sleep(0.01)
         apply(*args)
 
     monkeypatch.setattr(trainer, "_apply", watched)
