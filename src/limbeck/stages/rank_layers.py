@@ -208,17 +208,17 @@ class RankLayersStage:
             folder=self.context.folder / "candidates",
             identity=self.identity,
             seed=self.options.seed,
-            device=self.context.world.device,
-        )
-
             console=self.context.console,
             place=self.context.place,
-    def _mixed(self, score: Mapping[str, Any]) -> float:
-        return Score.from_json(dict(score)).mixed(self.options.recall_weight)
+            device=self.context.world.device,
+        )
 
     def _sweep(self, model: Any, candidates: Mapping[Any, Mapping[int, Any]], scoring: Scoring) -> Sweep:
         with self.context.counting("batches", len(scoring)) as counter:
             return sweep(model, candidates, scoring, done=counter.add)
+
+    def _mixed(self, score: Mapping[str, Any]) -> float:
+        return Score.from_json(dict(score)).mixed(self.options.recall_weight)
 
     # -- the methods -----------------------------------------------------------------------------------------------------
 
