@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TERMINAL = {"TERM": "xterm-256color"}
-PATIENCE = 30.0
+PATIENCE = 120.0
 """Seconds in which something must have happened, on however slow a machine."""
 
 
