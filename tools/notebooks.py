@@ -36,7 +36,13 @@ def executed(path: Path, folder: Path) -> NotebookNode:
     ):
         # No limit for a cell: how fast the machine is decides nothing.
         client = NotebookClient(
-            notebook, timeout=None, startup_timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+            notebook,
+            timeout=None,
+            startup_timeout=600,
+            kernel_name="python3",
+            # However the kernel cut what a cell printed.
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(folder)}},
         )
         manager = client.create_kernel_manager()
         manager.set_trait("transport", "ipc")
