@@ -104,6 +104,8 @@ that is installed. What a plug-in registers stands here too where the plug-in is
 
 * [Command line](commands.md): every verb.
 * [A recipe](recipe.md): the fields at the top of the file, and [the mappings](mappings.md) that parts share, such as `loop` and `optim`.
+* What is no kind of part: optimisers ([`groups`](mappings.md#groups)), learning rates ([`schedule`](mappings.md#schedule)), budgets and
+  checkpoints ([`loop`](mappings.md#loop-of-train)), formats of files ([`export`](stages.md#export), [`gguf`](mappings.md#gguf)).
 * [The JSON schema](recipe.schema.json) of a recipe, for editors that complete and check YAML.
 
 | Kind | How many | Which |
@@ -218,10 +220,10 @@ def _registries(found: Shapes) -> list[Registry]:
 def _groups(entries: list[Entry]) -> dict[type, str]:
     """Options classes that are no parts -> their title: the key that holds them, with its owner where two share the key."""
     parts = {registry.options(name) for registry in REGISTRIES.values() for name in registry}
-    paths = {}
+    paths: dict[type, tuple[str, ...]] = {}
     for entry in entries:
         if entry.cls is not Recipe and entry.cls not in parts:
-            paths.setdefault(entry.cls, entry.path[:-1])
+            paths[entry.cls] = min(paths.get(entry.cls, entry.path[:-1]), entry.path[:-1], key=len)
     keys = [path[-1] for path in paths.values()]
     titles = {
         cls: f"`{path[-1]}`" if keys.count(path[-1]) == 1 else f"`{path[-1]}` of `{path[-2]}`" for cls, path in paths.items()
