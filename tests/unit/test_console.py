@@ -226,6 +226,21 @@ def test_a_view_is_alive_while_a_step_takes_long(tty: Terminal) -> None:
     voice.close()
 
 
+def test_a_run_that_goes_on_is_shown_from_its_beginning_in_bounded_memory(tty: Terminal, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [row(step) for step in range(1, 60)] + [{"step": 59, "validation/loss": 2.0}]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    voice = Progress(opened(tty), "distil", 100_000)
+    voice.start()
+    voice.recall(metrics)
+    tty.shows("59/100,000")
+    tty.wait(lambda emulator: any("█" in line for line in emulator.text()))
+    for step in range(60, 5000):
+        voice.update(row(step))
+    assert len(voice._rows) <= voices.REMEMBERED + 1 and voice._rows[0]["step"] == 1 and voice._rows[-1]["step"] == 4999
+    voice.close()
+
+
 def test_counted_work_is_a_bar_on_a_terminal(tty: Terminal) -> None:
     with Counter(lambda line: pytest.fail(line), opened(tty), "capture", unit="tokens", total=3_000_000, place="stage 1 of 2") as counter:
         counter.add(600_000, before=True)
@@ -308,7 +323,7 @@ def test_a_second_ctrl_c_shows_the_cursor_again() -> None:
 
         with StopFlag() as stop:
             voice = Progress(Console(), "distil", 1000)
-            voice.start(None, lambda: stop.reason)
+            voice.start(lambda: stop.reason)
             time.sleep(100)
         """,
         stdin=tty.inner, stdout=tty.inner, stderr=subprocess.PIPE, preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),

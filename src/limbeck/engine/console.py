@@ -71,20 +71,20 @@ class Progress:
         self._saved: tuple[int, float] | None = None
         self._stopped: Callable[[], str | None] = lambda: None
 
-    def start(self, metrics: Path | None = None, stopped: Callable[[], str | None] = lambda: None) -> None:
-        """Begin the live view, if there is a place for one.
-
-        ``metrics`` is the file of a run that goes on; ``stopped`` tells the signal that ends it after this step, if one came.
-        """
+    def start(self, stopped: Callable[[], str | None] = lambda: None) -> None:
+        """Begin the live view, if there is a place for one.  ``stopped`` tells the signal that ends the run after this step, if one came."""
         self._stopped = stopped
         self._began = self._since = time.monotonic()
         if self.console is None or self.short:
             return
         self._view = live_view(self.console, self._frame)
         if self._view is not None:
-            for row in read_metrics(metrics) if metrics else ():
-                self._remember(row)
             self._view.start()
+
+    def recall(self, metrics: Path) -> None:
+        """Show a run that goes on from its beginning, which is in its file of metrics."""
+        for row in read_metrics(metrics) if self._view is not None else ():
+            self._remember(row)
 
     def doing(self, what: str, step: int | None = None) -> None:
         """What begins now, in place of or before an ordinary step (no words), and how many steps are done.  Costs nothing."""

@@ -213,6 +213,8 @@ class Trainer:
         )
         self._announce(exact)
         self.exact = exact
+        self.voice.start(lambda: stop.reason)
+        self.voice.doing("reading checkpoints")
         self._resume()
         if self.at.step < self.total:
             self.checkpoints.check_room(self._tensors(), -(-self.total // self._save_every))
@@ -220,7 +222,7 @@ class Trainer:
             self.trackers.say = self.voice.say
         writer = MetricsWriter(self.folder / "metrics.jsonl", self.at.step, self.trackers) if self.world.rank == 0 else None
         try:
-            self.voice.start(self.folder / "metrics.jsonl", lambda: stop.reason)
+            self.voice.recall(self.folder / "metrics.jsonl")
             preempted = self._loop(stop, writer)
         finally:
             with suppress(Exception):
@@ -297,6 +299,7 @@ class Trainer:
 
     def _calibrate(self) -> None:
         """Let objectives measure what their loss divides by, on rows spread over the data: the same ones on every rank."""
+        self.voice.doing("calibrating objectives")
         rows = self.loader.rows
         for objective in self.train_step.objectives:
             batches = getattr(objective, "calibration_batches", 0)
