@@ -26,7 +26,7 @@ lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/mypy
-	$(RUN) tools/check_sizes.py
+	$(RUN) tools/check_code.py
 
 # Two workers of one thread each: what two cores do best.
 unit:
