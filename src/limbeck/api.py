@@ -192,7 +192,7 @@ def run(
 
     Raises:
         LimbeckError: what the recipe, a file, the machine or the run itself lacks.
-        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGUSR1 (in the main thread), after a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (in the main thread), after a checkpoint was written.
     """
     loaded = _to_run(recipe, overrides, say)
     from limbeck.report.run import read_run

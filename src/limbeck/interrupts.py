@@ -1,6 +1,7 @@
-"""SIGTERM and SIGUSR1 end what runs as Ctrl-C does: by a KeyboardInterrupt.  Tiny, no torch; everything may use it.
+"""SIGTERM, SIGUSR1 and SIGHUP (a terminal that was closed) end what runs as Ctrl-C does: by a KeyboardInterrupt.  Tiny, no torch;
+everything may use it.
 
-Left alone, both kill the process where it stands.  Training takes them over while it runs (`engine/signals.py`) and gives them back.
+Left alone, they kill the process where it stands.  Training takes them over while it runs (`engine/signals.py`) and gives them back.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 _ONE_REQUEST = 5.0
 """Seconds in which further signals are the same request: Slurm tells every process of a step, and torchrun tells its ranks once more."""
 
@@ -42,7 +43,7 @@ def _in_charge() -> Interrupts | None:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupts]:
-    """While entered, SIGTERM and SIGUSR1 raise KeyboardInterrupt; handlers that somebody else has set are left alone.
+    """While entered, :data:`SIGNALS` raise KeyboardInterrupt; handlers that somebody else has set are left alone, and what nohup ignores.
 
     Entered again within itself, it is the same one.  In a thread that is not the main one it does nothing.
     """

@@ -94,7 +94,7 @@ def test_a_name_that_is_taken_is_given_to_the_newer_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_in_the_middle_of_a_save_ends_the_run_with_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, background: bool
 ) -> None:

@@ -115,7 +115,7 @@ def test_the_ranks_are_told_once_and_a_preempted_job_goes_back_into_the_queue_on
     assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=32" in srun
     assert (fakes / "words").read_text().splitlines() == [
         "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=node-1:30001", "--rdzv-id=70001-0", "--nproc-per-node=4", "--max-restarts=0",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "-m", "limbeck", "run", RECIPE, "--run-dir", RUN, "align.loop.tokens=1B",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP", "-m", "limbeck", "run", RECIPE, "--run-dir", RUN, "align.loop.tokens=1B",
     ]  # fmt: skip
     environment = dict(line.split("=", 1) for line in (fakes / "environment").read_text().splitlines() if "=" in line)
     expected = {

@@ -16,19 +16,19 @@ from limbeck.cli.manners import group_left
 from limbeck.config.load import load_text
 from limbeck.engine.signals import StopFlag
 from limbeck.errors import DataError
-from limbeck.interrupts import held, interruptible
+from limbeck.interrupts import SIGNALS, held, interruptible
 from limbeck.stages.folder import EXIT_REASON
 from limbeck.stages.run import _own_kernels, prepare_recipe
 
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     assert before == {number: signal.getsignal(number) for number in before}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_stop_signal_is_a_keyboard_interrupt_and_its_repetition_disturbs_nothing(number: signal.Signals, quiet: None) -> None:
     with interruptible() as interrupts:
         with pytest.raises(KeyboardInterrupt, match=number.name):
@@ -51,6 +51,18 @@ def test_training_takes_the_signals_over_and_gives_them_back(quiet: None) -> Non
         with interruptible() as again, pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGUSR1)
         assert again is interrupts
+
+
+def test_a_closed_terminal_is_no_reason_to_stop_under_nohup(quiet: None) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            with StopFlag() as flag:
+                os.kill(os.getpid(), signal.SIGHUP)
+        assert flag.reason is None and interrupts.reason is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_handler_of_the_program_around_us_stays(quiet: None) -> None:

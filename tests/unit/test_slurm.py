@@ -49,7 +49,7 @@ def test_a_job_asks_for_what_was_said_and_for_a_warning_in_time(tmp_path: Path) 
     ]  # fmt: skip
     assert all(line.startswith("#") for line in head if line), "Slurm reads #SBATCH lines up to the first command"
     assert settings(text, tmp_path) == ["hybrid", "runs/hybrid", "run", "", "4", "4", "50"]
-    assert "@@" not in text and "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1" in text and "--max-restarts=0" in text
+    assert "@@" not in text and "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP" in text and "--max-restarts=0" in text
     grace = int(text.split("TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-")[1].split("}")[0])
     assert 30 < grace < 300
 
@@ -131,4 +131,4 @@ def test_the_pages_commands_settings_and_links_exist(tmp_path: Path, monkeypatch
         result = CliRunner().invoke(app, shlex.split(command))
         assert result.exit_code == 0 and settings(result.output, tmp_path), command
     torchrun = next(line for line in text.splitlines() if line.startswith("torchrun"))
-    assert "--signals-to-handle SIGTERM,SIGINT,SIGUSR1 -m limbeck run my.yaml" in torchrun
+    assert "--signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGHUP -m limbeck run my.yaml" in torchrun

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: a flag, polled by the loop at step boundaries."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP: a flag, polled by the loop at step boundaries."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import signal
 import threading
 from types import FrameType
 
+from limbeck.interrupts import SIGNALS
+
+ASKED = (signal.SIGINT, *SIGNALS)
+
 
 class StopFlag:
     """While entered, the first signal only sets :attr:`reason`; a second Ctrl-C ends the process at once.
 
     Leaving at once is safe: a checkpoint is either committed or never read.
     """
-
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -23,7 +25,9 @@ class StopFlag:
     def __enter__(self) -> StopFlag:
         # Handlers can be set in the main thread only; elsewhere the flag simply never rises.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            # Under nohup a closed terminal is no reason to stop.
+            kept = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+            self._before = {number: signal.signal(number, self._handle) for number in ASKED if number not in kept}
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -67,8 +67,8 @@ def run_recipe(
     ``console`` shows work as it goes: a live view on a terminal or in a notebook, plain lines elsewhere.  ``device`` is where to
     compute, a GPU by default if there is one.
 
-    How it ended is in ``exit_reason`` of the run directory: ``finished``, ``preempted`` (Ctrl-C, SIGTERM, SIGUSR1; the same call goes
-    on) or ``failed``.  A start that was killed leaves none, and one that was refused because another is under way touches nothing.
+    How it ended is in ``exit_reason`` of the run directory: ``finished``, ``preempted`` (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP; the same
+    call goes on) or ``failed``.  A start that was killed leaves none, and one that was refused because another is under way touches nothing.
     """
     run_dir = (run_dir or Path("runs") / recipe.name).resolve()
     order = stage_order(recipe)
