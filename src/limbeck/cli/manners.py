@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -88,6 +88,12 @@ def _type(found: re.Match[str]) -> str:
     return _TYPES.get(word, word)
 
 
+def _say_last(text: str) -> None:
+    """To stderr, if somebody still hears it: the exit code is for those who do not."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
+
+
 class Verbs(TyperGroup):
     """The application: help in sections, and errors meant for people as their message and an exit code; anything else is a bug and keeps its
     traceback."""
@@ -98,16 +104,16 @@ class Verbs(TyperGroup):
             with interruptible(), group_left():
                 return super().invoke(ctx)
         except LimbeckError as error:
-            typer.echo(f"limbeck: {error}" if "\n" not in str(error) else f"limbeck:\n{error}", err=True)
+            _say_last(f"limbeck: {error}" if "\n" not in str(error) else f"limbeck:\n{error}")
             raise typer.Exit(USER_ERROR) from error
         except OSError as error:
             if error.errno not in _MENDABLE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            typer.echo(f"limbeck: {where}{error.strerror}: {_MENDABLE[error.errno]}", err=True)
+            _say_last(f"limbeck: {where}{error.strerror}: {_MENDABLE[error.errno]}")
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as error:
-            typer.echo("\nlimbeck: interrupted; the same command goes on where it stopped", err=True)
+            _say_last("\nlimbeck: interrupted; the same command goes on where it stopped")
             raise typer.Exit(INTERRUPTED) from error
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
