@@ -40,7 +40,7 @@ def quickstart(
         ]
     if quick:
         overrides += [
-            "align.loop.tokens=16k", "distil.loop.tokens=16k", "align.loop.batch_tokens=2048", "distil.loop.batch_tokens=2048",
+            "align.data.source.0.limit=100", "align.loop.tokens=4k", "distil.loop.tokens=4k", "align.loop.batch_tokens=512", "distil.loop.batch_tokens=512",
             "evaluate.rows=2", "evaluate.recall.rows=2", "evaluate.speed.contexts=[1024, 32768]", "evaluate.speed.tokens=2",
             "evaluate.samples.tokens=8",
         ]  # fmt: skip
