@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "first-hour.md"
@@ -67,6 +68,7 @@ class Step:
         return new + [LEFT_OUT] * (at < len(self.printed))
 
 
+@cache
 def normal(line: str) -> str:
     """A line without what differs from run to run: numbers, sizes, times, hashes, widths of columns."""
     line = re.sub(r"\b[0-9a-f]{12,}\b", "#", line)
@@ -79,15 +81,33 @@ def normal(line: str) -> str:
 
 
 def align(shown: list[str], printed: list[str]) -> list[tuple[str, int | None]]:
-    """Each shown line and its place in what was printed, in order; ``None`` for one that is not there.  Lines left out are no lines."""
-    forms, at, found = [normal(line) for line in printed], 0, []
-    for line in shown:
-        if line.strip() == LEFT_OUT:
-            continue
-        place = next((i for i in range(at, len(forms)) if forms[i] == normal(line)), None)
+    """Each shown line and its place in what was printed, in order; ``None`` for one that is not there.  Lines left out are no lines.
+
+    As many lines as can be are found, and of lines that :func:`normal` makes alike those that share most words.
+    """
+    shown = [line for line in shown if line.strip() != LEFT_OUT]
+    ours, theirs = [normal(line) for line in shown], [normal(line) for line in printed]
+    # The longest common subsequence, from the end: best[i][j] is what shown[i:] and printed[j:] have in common.
+    best = [[0.0] * (len(printed) + 1) for _ in range(len(shown) + 1)]
+    for i in reversed(range(len(shown))):
+        for j in reversed(range(len(printed))):
+            best[i][j] = max(best[i + 1][j], best[i][j + 1])
+            if ours[i] == theirs[j]:
+                best[i][j] = max(best[i][j], best[i + 1][j + 1] + 1 + _alike(shown[i], printed[j]))
+    found, j = [], 0
+    for i, line in enumerate(shown):
+        place = None
+        if best[i][j] > best[i + 1][j]:
+            place = next(k for k in range(j, len(printed)) if best[i][k] > best[i][k + 1] and best[i][k] == best[i][j])
+            j = place + 1
         found.append((line, place))
-        at = at if place is None else place + 1
     return found
+
+
+def _alike(one: str, other: str) -> float:
+    """Less than 1 in all the lines of a command together, so that no line is given up for it."""
+    words, others = one.split(), other.split()
+    return sum(a == b for a, b in zip(words, others, strict=False)) / max(len(words), 1) / 1000
 
 
 def steps_of(block: str, varies: bool) -> list[Step]:
