@@ -21,7 +21,7 @@ from limbeck.evaluation.divergence import DivergenceTally
 from limbeck.evaluation.evaluate import evaluate_models
 from limbeck.evaluation.perplexity import label_bytes, perplexity
 from limbeck.evaluation.recall import probe_batch, recall
-from limbeck.evaluation.samples import continuation, default_prompts
+from limbeck.evaluation.samples import continuation, default_prompts, end_ids
 from limbeck.evaluation.table import comparison_table
 from limbeck.models.head import head_of
 from limbeck.models.packed import forward_packed
@@ -211,6 +211,8 @@ def test_samples_stop_at_any_of_several_ends(pair: dict[str, PreTrainedModel]) -
     try:
         model.generation_config.eos_token_id = list(range(VOCABULARY))
         assert continuation(model, letters(), "ab", tokens=12) == "" != whole
+        model.generation_config.eos_token_id = None
+        assert end_ids(model, letters()) == {letters().eos_token_id}
     finally:
         model.generation_config.eos_token_id = held
 

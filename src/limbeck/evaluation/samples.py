@@ -37,10 +37,10 @@ def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def end_ids(model: PreTrainedModel) -> set[int]:
-    """Token ids that end a text; a model may have several."""
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that end a text: those of the model, which may have several, and the tokenizer's."""
     ids = model.generation_config.eos_token_id if model.generation_config is not None else model.config.eos_token_id
-    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
+    return {*(ids if isinstance(ids, list | tuple) else [ids]), tokenizer.eos_token_id} - {None}
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def continuation(
     Sampling draws from a generator of its own, on the CPU: it moves no global random state, and two models meet the same draws.
     """
     ids_1T = torch.tensor([tokenizer.encode(prompt)], device=model.device)
-    return _text(list(decode(model, ids_1T, tokens=tokens, ends=end_ids(model), temperature=temperature, seed=seed)), tokenizer)
+    return _text(list(decode(model, ids_1T, tokens=tokens, ends=end_ids(model, tokenizer), temperature=temperature, seed=seed)), tokenizer)
 
 
 def samples(

@@ -74,7 +74,7 @@ class Writer:
         # Some tokenizers take the space from what begins a text: the first token is read behind the last ones of the prompt.
         written: list[int] = ids_1T[0, -_BEFORE:].tolist()
         shown = self._text(written)
-        found = decode(self.model, ids_1T, tokens=tokens, ends=end_ids(self.model), temperature=temperature, seed=seed, acting=self.acting)
+        found = decode(self.model, ids_1T, tokens=tokens, ends=end_ids(self.model, self.tokenizer), temperature=temperature, seed=seed, acting=self.acting)
         for token in found:
             written.append(token)
             text = self._text(written)

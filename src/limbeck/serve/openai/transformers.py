@@ -69,7 +69,7 @@ class TransformersBackend:
         self.vocabulary = min(len(speaker.tokenizer), self._rows)
         self.worker = Worker(1)
         self._speaker = speaker
-        self._ends = end_ids(speaker.model) | ({speaker.tokenizer.eos_token_id} - {None})
+        self._ends = end_ids(speaker.model, speaker.tokenizer)
         self._adapters: OrderedDict[tuple[int, ...], Acting] = OrderedDict()
         self._most = adapters
 
