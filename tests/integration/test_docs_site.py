@@ -106,6 +106,16 @@ def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
     assert len(warnings) == 5, done.stderr
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shipped_parts_alone() -> Iterator[None]:
+    """Without the plug-ins that other tests have put into the registries of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in REGISTRIES.values():
+            ours = {name: options for name, options in registry._options.items() if options.__module__.startswith("limbeck.")}
+            patch.setattr(registry, "_options", ours)
+        yield
+
+
 @pytest.fixture(scope="module")
 def site() -> Iterator[ModuleType]:
     """The hooks of the site, as mkdocs imports them."""
