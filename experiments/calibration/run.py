@@ -24,7 +24,7 @@ from limbeck.stages.run import run_recipe  # noqa: E402
 MIXERS = ("gated_deltanet", "gla", "mamba2", "kda")
 ROWS = {"neutral": 0, "calibrated": 16}
 """Arm -> rows of calibration."""
-QUICK = ["align.loop.tokens=1k", "align.loop.batch_tokens=512", "align.loop.validate_every=1", "align.loop.validate_rows=1"]
+QUICK = ["align.data.source.0.limit=100", "align.loop.tokens=1k", "align.loop.batch_tokens=512", "align.loop.validate_every=1", "align.loop.validate_rows=1"]
 MARK = "validation/residual/"
 
 

@@ -30,6 +30,8 @@ from limbeck.stages.run import run_recipe  # noqa: E402
 LEARNING_RATES = (1e-3, 3e-3, 8e-3)
 """Of the mixers; the rest trains at a fifth of it.  Tuned on the first seed, once for the aligned arms and once for the control."""
 QUICK = [
+    "align.data.source.0.limit=100", "text_linear.data.source.limit=100", "text_kept.data.source.limit=100",
+    *(f"{stage}.loop.validate_rows=2" for stage in ("align", "linear", "kept", "no_align", "align_rows", "rows")),
     "align.loop.tokens=8k", "linear.loop.tokens=8k", "kept.loop.tokens=8k", "no_align.loop.tokens=16k", "align_rows.loop.tokens=8k",
     "rows.loop.tokens=8k", "text_linear.rows=4", "text_kept.rows=4",
     "evaluate_linear.rows=4", "evaluate_kept.rows=4", "evaluate_linear.recall.rows=2", "evaluate_kept.recall.rows=2",

@@ -44,7 +44,7 @@ EDGES = (0, 128, 256, 512, 1024, 1536, 2048)
 """Of the spans of positions."""
 CONTEXTS = (1024, 4096, 16384, 65536)
 QUICK = [
-    *(f"{stage}.data.source.0.limit=300" for stage in ("align", *ARMS)),
+    *(f"{stage}.data.source.0.limit=100" for stage in ("align", *ARMS)),
     "align.loop.tokens=4k", "distil.loop.tokens=4k", *(f"{arm}.loop.tokens=4k" for arm in ARMS), "evaluate.rows=2", "evaluate.recall.rows=1",
     "extend.loop.validate_rows=2", "softmax.loop.validate_rows=2", "short.loop.validate_rows=2",
 ]  # fmt: skip

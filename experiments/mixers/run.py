@@ -43,7 +43,7 @@ WORST = {
     "kl over copied": "held-out KL over that of the copied start",
 }
 """What is to be below 1 for each mixer, arm and seed."""
-QUICK = ["align.data.source.0.limit=300", "align.loop.tokens=4k", *(f"{arm}.loop.tokens=4k" for arm in ARMS)] + [
+QUICK = ["align.data.source.0.limit=100", "align.loop.tokens=4k", *(f"{arm}.loop.tokens=4k" for arm in ARMS)] + [
     f"evaluate_{arm}.{word}" for arm in ARMS for word in ("rows=4", "recall.rows=1", "recall.distances=[16, 64]")
 ]
 

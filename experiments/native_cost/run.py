@@ -35,6 +35,7 @@ FACTORS = (0.3, 1.0, 3.0)
 """Of the recipe's mixer learning rates, in align and in distillation alike; the rest stays as it is."""
 LR_ALIGN, LR_DISTIL = 3e-3, 1e-3
 QUICK = [
+    "align_default.data.source.0.limit=100", "text.data.source.limit=100",
     *(f"{stage}.loop.tokens=8k" for stage in ("align_default", "default", "align_native", "native")),
     "evaluate.rows=4", "text.rows=4", "evaluate.recall.rows=2",
 ]  # fmt: skip

@@ -21,6 +21,8 @@ SMALL = (
 
 def shorten(command: str, port: int) -> str:
     """The same command in seconds, at a port that is free."""
+    if command == "limbeck quickstart":
+        return f"{command} --quick"
     if command.startswith("limbeck run "):
         steps = {"align": "3k", "distil": "256", "extend": "256"}
         return (
