@@ -27,7 +27,8 @@ from limbeck.evaluation.ranking.orders import by_importance, random_sets, spearm
 from limbeck.stages.run import run_recipe  # noqa: E402
 
 QUICK = [
-    "align.data.source.0.limit=100", "align.loop.validate_rows=2", "align.loop.tokens=8k", "full.distil.loop.tokens=8k", "full.distil.rungs=2", "cheap.distil.loop.tokens=8k", "sets.distil.loop.tokens=4k",
+    "align.data.source.0.limit=100", "align.loop.validate_rows=2",
+    "align.loop.tokens=8k", "full.distil.loop.tokens=8k", "full.distil.rungs=2", "cheap.distil.loop.tokens=8k", "sets.distil.loop.tokens=4k",
     *(f"{stage}.{word}" for stage in ("full", "cheap", "sets") for word in ("keep=1", "rows=2", "recall.rows=1", "recall.distances=[32]")),
 ]  # fmt: skip
 RANDOM = 5
