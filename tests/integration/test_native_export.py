@@ -19,7 +19,7 @@ from limbeck.cli.app import app
 from limbeck.config.load import load_recipe, load_text
 from limbeck.config.parts.surgeries import HybridizeOptions
 from limbeck.errors import ModelError, RecipeError, RunError
-from limbeck.export.native import native_model, write_native
+from limbeck.export.native import fits_native, native_model, write_native
 from limbeck.models.limbeck_model import wrap_student
 from limbeck.models.loading import load_model, load_tokenizer, resolve_source
 from limbeck.stages.export import export_path
@@ -224,6 +224,12 @@ def test_other_mixers_are_refused(mixer: dict[str, Any], reason: str) -> None:
         load_text(RECIPE, [f"train.student.surgery.0.mixer={json.dumps(mixer)}"])
 
 
+def test_what_qwen35_cannot_hold_is_not_written_so_by_default() -> None:
+    assert fits_native(hybrid(tiny_model("qwen3"), [1]).config)
+    assert not fits_native(hybrid(tiny_model("qwen3"), []).config)
+    assert not fits_native(tiny_model("qwen3").config)
+
+
 def test_a_model_without_surgery_is_refused() -> None:
     with pytest.raises(ModelError, match="not a hybrid"):
         native_model(tiny_model("qwen3"))
@@ -271,6 +277,7 @@ def test_check_refuses_a_teacher_before_anything_is_trained(tmp_path: Path) -> N
 
 
 def test_an_export_stage_and_a_checkpoint_become_native_folders(tmp_path: Path) -> None:
+    said: list[str] = []
     (tmp_path / "corpus").mkdir()
     for source in sorted(Path(textwrap.__file__).parent.glob("[a-b]*.py")):
         (tmp_path / "corpus" / source.name).write_bytes(source.read_bytes())
@@ -282,6 +289,10 @@ def test_an_export_stage_and_a_checkpoint_become_native_folders(tmp_path: Path) 
     assert config["layer_types"] == ["linear_attention"] * 6 + ["full_attention"] * 2 and "limbeck" not in json.dumps(config)
     assert (folder / "tokenizer.json").exists() and "import limbeck" not in (folder / "README.md").read_text()
     last = export_path(f"{run / 'train'}@2", to="native", output=tmp_path / "last", dtype="float32")
+    # Where it is possible it is the default.
+    assert export_path(str(run / "train"), dtype="float32", say=said.append) == run / "train" / "export" / "native"
+    assert "as native" in said[-1]
+    assert json.loads((run / "train" / "export" / "native" / "config.json").read_text()) == config
     ids = tokens(1, 30)
     with torch.no_grad():
         mine, theirs, again = (load_model(str(f))(input_ids=ids).logits for f in (run / "train" / "model", folder, last))

@@ -68,6 +68,13 @@ def test_the_card_carries_the_licence_of_the_base(tmp_path: Path) -> None:
     assert "under the base's licence. The base's own card says: other qwen: research https://example.org/LICENSE." in card
 
 
+def test_the_card_of_a_hybrid_says_how_tools_that_do_not_know_it_come_to_it(tmp_path: Path) -> None:
+    run = read_run(tasks_run(tmp_path))
+    assert "lm_eval --model" not in model_card(run)
+    run.recipe["stages"]["distil"]["student"]["surgery"] = [{"kind": "hybridize"}]
+    assert "python -m limbeck lm_eval --model hf" in model_card(run) and "lm_eval --model" not in model_card(run, stock=True)
+
+
 def test_an_unknown_licence_is_no_licence(tmp_path: Path) -> None:
     card = model_card(read_run(tasks_run(tmp_path)))
     assert "license" not in yaml.safe_load(card.split("---")[1])

@@ -16,8 +16,8 @@ def export(
     to: Annotated[
         str | None,
         typer.Option(
-            help="hf (needs limbeck to load; the default), native (stock transformers), peft (what a LoRA generator makes of --prompt), or gguf "
-            "(llama.cpp; the default for an --output that ends in .gguf).",
+            help="native (stock transformers; the default where Qwen3.5 can hold the student), hf (needs limbeck to load; the default elsewhere), "
+            "peft (what a LoRA generator makes of --prompt), or gguf (llama.cpp; the default for an --output that ends in .gguf).",
             show_default=False,
         ),
     ] = None,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from limbeck.config.native import ALL_LINEAR, mixer_obstacles, teacher_obstacles
 from limbeck.errors import ModelError
@@ -83,6 +83,19 @@ def check_native(model: Any, asked: str = ASKED) -> None:
     if obstacles:
         lines = obstacles if len(obstacles) < 4 else [*obstacles[:3], f"and {len(obstacles) - 3} more"]
         raise ModelError(f"{asked}: {'; '.join(lines)}. `--to hf` writes any student")
+
+
+def fits_native(config: Any) -> bool:
+    """Whether a model of this config can be written as Qwen3.5; nothing is loaded."""
+    if not hasattr(config, "limbeck"):
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    try:
+        check_native(model)
+    except ModelError:
+        return False
+    return True
 
 
 def native_config(model: Any) -> Qwen3_5TextConfig:

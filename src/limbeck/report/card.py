@@ -45,7 +45,7 @@ def model_card(run: Run, *, stock: bool = False, peft: bool = False) -> str:
         lines += [became(stage.evaluation or {}), ""]
     if run.recipe.get("description"):
         lines += [_cell(run.recipe["description"]), ""]
-    lines += _loading_adapters() if peft else _loading(stock)
+    lines += _loading_adapters() if peft else _loading(stock, "hybrid-attention" in _tags(run, peft))
     if stage is not None:
         results = stage.evaluation or {}
         names, setting = list(results["models"]), results.get("setting", {})
@@ -125,12 +125,18 @@ def _fenced(text: str, language: str) -> list[str]:
     return [f"{fence}{language}", text, fence]
 
 
-def _loading(stock: bool) -> list[str]:
+def _loading(stock: bool, foreign: bool) -> list[str]:
+    """How transformers opens it; ``foreign``: other tools do not, and how they come to."""
     return [
         "## Loading", "", "```python", *([] if stock else ["import limbeck  # registers the model class"]),
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")', "```", "",
+        *([] if stock or not foreign else [
+            "Tools that do not import limbeck do not know this model type. lm-evaluation-harness runs on it by",
+            "`python -m limbeck lm_eval --model hf --model_args pretrained=PATH_TO_THIS_FOLDER --tasks ...`; a hybrid of the mixer preset `native` can be",
+            "exported as one that stock tools open (`limbeck export ... --to native`).", "",
+        ]),
     ]  # fmt: skip
 
 

@@ -20,10 +20,10 @@ from limbeck.config.recipe import NAME
 from limbeck.data.conditions.store import ConditionSet
 from limbeck.engine.checkpoint import FINAL, MANIFEST, load_parameters, saved_steps, step_name
 from limbeck.errors import RunError, did_you_mean
-from limbeck.export.native import write_native
+from limbeck.export.native import fits_native, write_native
 from limbeck.export.places import check_file, check_new_folder, writing
 from limbeck.files import sha256
-from limbeck.models.loading import load_model, load_tokenizer, resolve_source, save_model
+from limbeck.models.loading import load_config, load_model, load_tokenizer, resolve_source, save_model
 from limbeck.report.card import model_card
 from limbeck.report.run import read_run
 from limbeck.stages.adapting import condition_of, conditions_stage, open_conditions, open_generator, reader_options
@@ -152,9 +152,11 @@ def export_path(
 ) -> Path:
     """Export ``RUN/STAGE``, ``RUN/STAGE@STEP`` (a checkpoint) or a model folder; of a LoRA generator, the adapter for ``prompts``.
 
-    An output that ends in ``.gguf`` is a format too, where ``to`` names none; by default it is ``hf``.
+    An output that ends in ``.gguf`` is a format too, where ``to`` names none.  By default a finished student that Qwen3.5 can hold is
+    written as ``native``, which opens without Limbeck, and everything else as ``hf``.
     """
     known = (*FORMATS, PEFT, GGUF)
+    by_default = to is None
     to = to or (GGUF if output is not None and output.suffix.lower() == SUFFIX else "hf")
     if to not in known:
         raise RunError(f"--to {to}: not a format{did_you_mean(to, known) or ';'} allowed: {', '.join(known)}")
@@ -199,6 +201,9 @@ def export_path(
     if to == GGUF:
         out = output or home / "export" / GGUF / f"{path.name}{SUFFIX}"
         return export_gguf(folder, out, gguf or GgufOptions(), dtype=dtype, held_out=partial(_text_of, path if in_run else None), say=say)
+    if by_default and fits_native(load_config(str(folder))):
+        to = "native"
+        say("as native: Qwen3.5 computes the same, and stock transformers loads that; `--to hf` keeps the student's own form")
     return export_model(folder, output or home / "export" / to, dtype, path.parent if in_run else None, to)
 
 
