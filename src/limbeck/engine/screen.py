@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -94,7 +95,7 @@ def live_view(console: Console, draw: Draw) -> View | None:
     return None
 
 
-class _Ticking:
+class _Ticking(ABC):
     """Draws now and then, in a thread of its own: what is waited for may take long."""
 
     def __init__(self, seconds: float):
@@ -106,8 +107,9 @@ class _Ticking:
         while not self._done.wait(self._seconds):
             self._tick()
 
+    @abstractmethod
     def _tick(self) -> None:
-        raise NotImplementedError
+        """Draw once more."""
 
     def _end(self) -> None:
         self._done.set()
